@@ -1,0 +1,141 @@
+"""Builds the native library, vfmk/libvfmk.so, with ninja; everything else is in pyproject.toml.
+
+VFMK_NATIVE=0          build no library: Triton and plain PyTorch remain
+VFMK_CUDA=0|1          without or with the CUDA kernels (default: with, where nvcc is found)
+TORCH_CUDA_ARCH_LIST   for example "9.0" or "8.0;9.0+PTX" (default: CUDA_ARCHITECTURES below)
+MAX_JOBS               compile jobs at once
+"""
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent
+CUDA_ARCHITECTURES = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
+
+CXX_FLAGS = (
+    "-std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -Wextra"
+    " -Wno-maybe-uninitialized"  # g++ 12 reports its own AVX-512 headers
+    " -DTORCH_TARGET_VERSION=0x020a000000000000"  # LibTorch Stable ABI of torch 2.10
+)
+# Each file in csrc/cpu is compiled once per instruction set; the library chooses at run time.
+CPU_FLAGS = {"baseline": ""}
+if platform.machine() in ("x86_64", "AMD64"):
+    CPU_FLAGS["avx2"] = "-mavx2 -mfma -mf16c"
+    CPU_FLAGS["avx512"] = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c"
+
+
+def flag(name: str, default: str = "") -> str:
+    value = os.environ.get(name, default)
+    if value not in ("", "0", "1"):
+        raise SystemExit(f"{name} is {value!r}; expected 0 or 1")
+    return value
+
+
+def find_nvcc() -> Path | None:
+    """$CUDA_HOME, the conventional folder, then PATH, whose nvcc may wrap one elsewhere."""
+    homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
+    candidates = [Path(home) / "bin" / "nvcc" for home in homes if home]
+    if on_path := shutil.which("nvcc"):
+        candidates.append(Path(on_path).resolve())
+    return next((nvcc for nvcc in candidates if nvcc.is_file()), None)
+
+
+def cuda_toolkit() -> Path | None:
+    """The toolkit to build with, or None for a library without CUDA."""
+    wanted = flag("VFMK_CUDA")
+    nvcc = None if wanted == "0" else find_nvcc()
+    if wanted == "1" and nvcc is None:
+        raise SystemExit("VFMK_CUDA=1, but no nvcc in $CUDA_HOME, /usr/local/cuda or PATH")
+    return nvcc.parent.parent if nvcc else None
+
+
+def gencode(architectures: str) -> str:
+    """nvcc's flags for a list in TORCH_CUDA_ARCH_LIST's form."""
+    flags = []
+    for entry in architectures.replace(" ", ";").split(";"):
+        number = entry.removesuffix("+PTX").replace(".", "")
+        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if entry.endswith("+PTX"):
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return " ".join(flags)
+
+
+def ninja_file(build: Path, output: Path) -> str:
+    import torch
+
+    torch_home = Path(torch.__file__).parent
+    cxx = os.environ.get("CXX", "g++")
+    headers = f"-I {ROOT}/csrc -isystem {torch_home}/include"
+    link = f"-Wl,--no-as-needed -L{torch_home}/lib -ltorch -Wl,--as-needed"
+    defines = ""
+    edges, objects = [], []
+
+    def compile_edge(rule: str, source: Path, tag: str, flags: str) -> None:
+        objects.append(f"{build}/{source.relative_to(ROOT)}.{tag}.o")
+        edges.append(f"build {objects[-1]}: {rule} {source}\n  flags = {flags}")
+
+    for source in sorted(ROOT.glob("csrc/cpu/*.cpp")):
+        for isa, isa_flags in CPU_FLAGS.items():
+            compile_edge("cxx", source, isa, f"-DVFMK_ISA={isa} {isa_flags}")
+    if cuda := cuda_toolkit():
+        architectures = os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHITECTURES
+        names = architectures.replace(";", " ")
+        defines = f"-DVFMK_WITH_CUDA '-DVFMK_CUDA_ARCHITECTURES=\"{names}\"'"
+        link += f" -L{cuda}/lib64 -lcudart_static -lrt -ldl -lpthread -Wl,--exclude-libs,ALL"
+        for source in sorted(ROOT.glob("csrc/cuda/*.cu")):
+            compile_edge("nvcc", source, "cuda", gencode(architectures))
+    for source in sorted(ROOT.glob("csrc/*.cpp")):
+        compile_edge("cxx", source, "host", defines)
+
+    nvcc_flags = f"-O3 -std=c++17 --threads 2 -ccbin {cxx} -Xcompiler -fPIC,-fvisibility=hidden"
+    return f"""\
+rule cxx
+  command = {cxx} {CXX_FLAGS} {headers} -MMD -MF $out.d $flags -c $in -o $out
+  depfile = $out.d
+  deps = gcc
+rule nvcc
+  command = {cuda}/bin/nvcc {nvcc_flags} -MD -MF $out.d -I {ROOT}/csrc $flags -c $in -o $out
+  depfile = $out.d
+  deps = gcc
+rule link
+  command = {cxx} -shared -s -o $out $in {link}
+{chr(10).join(edges)}
+build {output}: link {" ".join(objects)}
+"""
+
+
+class BuildLibrary(build_ext):
+    def get_ext_filename(self, fullname: str) -> str:
+        return fullname.replace(".", "/") + ".so"  # no Python ABI in the name
+
+    def build_extension(self, ext: Extension) -> None:
+        build = ROOT / "build" / "native"
+        build.mkdir(parents=True, exist_ok=True)
+        output = Path(self.get_ext_fullpath(ext.name)).absolute()
+        output.parent.mkdir(parents=True, exist_ok=True)
+        (build / "build.ninja").write_text(ninja_file(build, output))
+        jobs = os.environ.get("MAX_JOBS")
+        command = [sys.executable, "-m", "ninja", "-C", str(build), *(["-j", jobs] if jobs else [])]
+        subprocess.run(command, check=True)
+
+
+class PlainWheel(bdist_wheel):
+    """The library holds no Python: one wheel serves every CPython 3."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
+native = flag("VFMK_NATIVE", "1") != "0"
+setup(
+    ext_modules=[Extension("vfmk.libvfmk", sources=[])] if native else [],
+    cmdclass={"build_ext": BuildLibrary, "bdist_wheel": PlainWheel},
+)

@@ -1,0 +1,179 @@
+"""What every operator must satisfy, for an operator's tests to parametrise.
+
+A call is a function of tensors: `Call(ops.NAME, reference.NAME, eager, kwargs)`, where `eager` is
+the best that plain PyTorch does for the same mathematics in the same dtype.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounter
+
+import vfmk
+
+# (backend, device) on which an operator's tests run; the GPU ones where a GPU is at hand.
+TARGETS = (
+    pytest.param(("reference", "cpu"), id="reference-cpu"),
+    pytest.param(("cpu", "cpu"), id="cpu"),
+    pytest.param(("triton", "cuda"), id="triton", marks=pytest.mark.gpu),
+    pytest.param(("cuda", "cuda"), id="cuda", marks=pytest.mark.gpu),
+)
+# One rounding of the result: no operator in this dtype can be asked to do better.
+ROUNDING = {dtype: torch.finfo(dtype).eps / 2 for dtype in (torch.float16, torch.bfloat16)}
+
+
+@dataclass(frozen=True)
+class Call:
+    """One operator with its keyword arguments, and what it is compared with."""
+
+    operator: Callable[..., Tensor]
+    reference: Callable[..., Tensor]
+    eager: Callable[..., Tensor]
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def __call__(self, *args: Tensor | None) -> Tensor:
+        return self.operator(*args, **self.kwargs)
+
+    @property
+    def name(self) -> str:
+        return self.operator.__name__
+
+
+@contextmanager
+def target(operator: str, backend: str) -> Iterator[None]:
+    """Run `operator` on `backend`; skips the test, with the reason, where it cannot."""
+    if reason := vfmk.backends()[operator][backend]:
+        pytest.skip(f"{backend}: {reason}")
+    with vfmk.use_backend(backend):
+        yield
+
+
+def relative_error(actual: Tensor, truth: Tensor) -> float:
+    """‖actual − truth‖ / ‖truth‖ in float64; NaN never passes a comparison."""
+    actual, truth = actual.detach().cpu().double(), truth.detach().cpu().double()
+    if truth.norm() == 0:
+        return float(actual.norm())
+    return float((actual - truth).norm() / truth.norm())
+
+
+def value_and_gradients(function: Callable[..., Tensor], args: tuple[Tensor | None, ...]) -> list:
+    """The output, then the gradient of each tensor argument, for one fixed cotangent."""
+    leaves = [None if arg is None else preserving_leaf(arg) for arg in args]
+    output = function(*leaves)
+    generator = torch.Generator().manual_seed(output.numel())
+    cotangent = torch.randn(output.shape, generator=generator, dtype=torch.float64)
+    output.backward(cotangent.to(output.device, output.dtype))
+    return [output.detach(), *(leaf.grad for leaf in leaves if leaf is not None)]
+
+
+def preserving_leaf(tensor: Tensor) -> Tensor:
+    """A leaf that requires grad and has the same storage and strides."""
+    return tensor.detach().requires_grad_(True)
+
+
+def check_accuracy(call: Call, args: tuple[Tensor | None, ...], fp32_limit: float) -> None:
+    """Output and every gradient against the float64 reference, on the same rounded inputs.
+
+    fp32 within `fp32_limit`; half precision no worse than 1.5 times eager's error in that dtype.
+    """
+    doubles = tuple(None if arg is None else arg.detach().cpu().double() for arg in args)
+    truth = value_and_gradients(lambda *a: call.reference(*a, **call.kwargs), doubles)
+    ours = value_and_gradients(call, args)
+    dtype = ours[0].dtype
+    if dtype == torch.float32:
+        limits = [fp32_limit] * len(truth)
+    elif dtype == torch.float64:
+        limits = [1e-13] * len(truth)
+    else:
+        theirs = value_and_gradients(lambda *a: call.eager(*a, **call.kwargs), args)
+        limits = [
+            1.5 * max(relative_error(value, true), ROUNDING[dtype])
+            for value, true in zip(theirs, truth, strict=True)
+        ]
+    for index, (value, true, limit) in enumerate(zip(ours, truth, limits, strict=True)):
+        what = "output" if index == 0 else f"gradient {index - 1}"
+        assert value.dtype == dtype, f"{what} is {value.dtype}"
+        assert relative_error(value, true) <= limit, what
+
+
+def check_deterministic(call: Call, args: tuple[Tensor | None, ...]) -> None:
+    """The same bits on each run, forward and backward."""
+    first, second = value_and_gradients(call, args), value_and_gradients(call, args)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def check_every_element_written(call: Call, args: tuple[Tensor | None, ...]) -> None:
+    """Nothing of what the operator allocates stays uninitialised (torch fills it with NaN)."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        assert torch.utils.deterministic.fill_uninitialized_memory
+        results = value_and_gradients(call, args)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(result.isfinite().all() for result in results)
+
+
+def check_unwanted_gradients(call: Call, args: tuple[Tensor | None, ...]) -> None:
+    """Asking for one gradient alone gives the same bits, and no other is made."""
+    every = value_and_gradients(call, args)[1:]
+    present = [i for i, arg in enumerate(args) if arg is not None]
+    for index, expected in zip(present, every, strict=True):
+        leaves = [None if a is None else a.detach() for a in args]
+        leaves[index] = preserving_leaf(args[index])
+        output = call(*leaves)
+        generator = torch.Generator().manual_seed(output.numel())
+        cotangent = torch.randn(output.shape, generator=generator, dtype=torch.float64)
+        output.backward(cotangent.to(output.device, output.dtype))
+        assert torch.equal(leaves[index].grad, expected)
+
+
+def check_gradcheck(call: Call, args: tuple[Tensor | None, ...]) -> None:
+    """Analytic against numerical gradients in float64."""
+    leaves = [None if arg is None else preserving_leaf(arg.double()) for arg in args]
+    assert torch.autograd.gradcheck(call, leaves)
+
+
+def check_opcheck(custom_op: Any, args: tuple[Any, ...]) -> None:
+    """torch.library's own checks: schema, fake tensors, autograd registration, AOT dispatch."""
+    torch.library.opcheck(custom_op, args)
+
+
+def check_compile(call: Call, args: tuple[Tensor | None, ...]) -> None:
+    """One graph, the same bits as eager mode, and one recompilation at most for new sizes."""
+    torch._dynamo.reset()
+    graphs = CompileCounter()
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    expected, actual = value_and_gradients(call, args), value_and_gradients(compiled, args)
+    assert all(torch.equal(a, b) for a, b in zip(expected, actual, strict=True))
+    counted = torch.compile(lambda *a: call(*a), fullgraph=True, backend=graphs)
+    for batch in (2, 3, 4, 5):
+        counted(*(None if a is None else torch.cat([a[:1]] * batch) for a in args))
+    assert graphs.frame_count <= 2
+
+
+def check_export(call: Call, args: tuple[Tensor | None, ...]) -> None:
+    """torch.export keeps the operator as one node and gives the same bits."""
+
+    class Module(torch.nn.Module):
+        def forward(self, *inputs: Tensor | None) -> Tensor:
+            return call(*inputs)
+
+    program = torch.export.export(Module(), args)
+    targets = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    assert any(call.name in name for name in targets)
+    assert torch.equal(program.module()(*args), call(*args))
+
+
+def check_autocast(call: Call, args: tuple[Tensor | None, ...], dtype: torch.dtype) -> None:
+    """Under autocast the result is in its dtype, and gradients in the arguments' own."""
+    device = args[0].device.type
+    with torch.autocast(device, dtype):
+        output, *gradients = value_and_gradients(call, args)
+    lower = tuple(None if arg is None else arg.to(dtype) for arg in args)
+    assert torch.equal(output, call(*lower))
+    assert all(gradient.dtype == args[0].dtype for gradient in gradients)

@@ -1,0 +1,22 @@
+"""Fused, differentiable operators for adapting and serving the Segment Anything Model."""
+
+from importlib.metadata import version
+
+from vfmk import ops, reference
+from vfmk._backends import BackendError, backends, use_backend
+from vfmk.nn.config import VFMAdapterConfig
+from vfmk.sam.adapt import AdaptedSam, get_adapted_model
+from vfmk.sam.load import load_sam
+
+__version__ = version("vfmk")
+__all__ = [
+    "AdaptedSam",
+    "BackendError",
+    "VFMAdapterConfig",
+    "backends",
+    "get_adapted_model",
+    "load_sam",
+    "ops",
+    "reference",
+    "use_backend",
+]

@@ -1,0 +1,126 @@
+"""VFM-Adapter: a bottleneck that mixes a local, per-sample convolution with global attention.
+
+Equations and symbols: VFM-Adapter (AAAI 2025), "Adapting Visual Foundation Models for Dense
+Prediction with Dynamic Hybrid Operation Mapping".
+"""
+
+import torch
+from torch import Tensor, nn
+
+from vfmk import ops, reference
+from vfmk.nn.config import VFMAdapterConfig
+from vfmk.nn.hypernetwork import Hypernetwork
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(1.702 * x)
+
+
+class VFMAdapter(nn.Module):
+    """The adapter beside one sub-layer. It starts as the zero function.
+
+    Args:
+        width: C, channels of the tokens.
+        config: the shape.
+    """
+
+    def __init__(self, width: int, config: VFMAdapterConfig) -> None:
+        super().__init__()
+        rank, tokens = config.rank, config.token_dim
+        self.num_heads = config.num_heads
+        self.dynamic = config.conv == "depthwise"
+        self.down = nn.Linear(width, rank)  # W_d, b_d
+        self.up = nn.Linear(rank, width)  # W_u, b_u
+        self.dropout = nn.Dropout(config.dropout)
+        if self.dynamic:
+            self.to_tokens = nn.Sequential(  # W_m1, W_m2
+                nn.Linear(width, tokens), nn.ReLU(), nn.Linear(tokens, tokens)
+            )
+        else:
+            self.kernels = nn.Parameter(
+                torch.empty(1, rank, config.kernel_size, config.kernel_size)
+            )
+        self.qkv = nn.Linear(rank, 3 * rank) if config.global_branch else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for linear in (self.down, self.qkv):
+            if linear is not None:
+                nn.init.xavier_uniform_(linear.weight)
+                nn.init.zeros_(linear.bias)
+        if self.dynamic:
+            for layer in (self.to_tokens[0], self.to_tokens[2]):
+                layer.reset_parameters()
+        else:
+            nn.init.kaiming_uniform_(self.kernels, a=5**0.5)  # as nn.Conv2d
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+
+    def forward(
+        self, u: Tensor, queries: Tensor | None, hypernetwork: Hypernetwork | None
+    ) -> Tensor:
+        """u [B, H, W, C], the sub-layer's normalised input → [B, H, W, C].
+
+        `queries` [M, D] and `hypernetwork` are shared between adapters; None if conv is "static".
+        """
+        kernels = self._generate(u, queries, hypernetwork) if self.dynamic else self.kernels
+        hidden = quick_gelu(self.down(u))  # [B, H, W, r]
+        channels_last = hidden.permute(0, 3, 1, 2)
+        mixed = ops.dynamic_depthwise_conv2d(channels_last, kernels).permute(0, 2, 3, 1)
+        if self.qkv is not None:
+            attended = reference.adapter_attention(
+                hidden.flatten(1, 2), self.qkv.weight, self.qkv.bias, self.num_heads
+            )
+            mixed = mixed + attended.view_as(mixed)
+        return self.up(self.dropout(quick_gelu(mixed)))
+
+    def _generate(
+        self, u: Tensor, queries: Tensor | None, hypernetwork: Hypernetwork | None
+    ) -> Tensor:
+        assert queries is not None
+        assert hypernetwork is not None
+        tokens = self.to_tokens(u.flatten(1, 2))  # p: [B, N, D]
+        code = reference.attention_pool(tokens, queries).sum(1)  # z: [B, D]
+        return hypernetwork(code)
+
+
+class VFMAdapterStack(nn.Module):
+    """The adapters of a whole encoder, and what they share: query tokens and hypernetworks.
+
+    Args:
+        width: C, channels of the encoder.
+        layers: indices of the blocks that get adapters.
+        config: the shape.
+    """
+
+    def __init__(self, width: int, layers: tuple[int, ...], config: VFMAdapterConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.queries: nn.Parameter | None = None  # T
+        self.hypernetworks = nn.ModuleDict()
+        if config.conv == "depthwise":
+            self.queries = nn.Parameter(torch.empty(config.num_queries, config.token_dim))
+            nn.init.trunc_normal_(self.queries, std=0.02)
+            for sublayer in config.sublayers:
+                self.hypernetworks[sublayer] = Hypernetwork(
+                    config.token_dim, config.low_dim, config.rank, config.kernel_size
+                )
+        self.layers = nn.ModuleDict(
+            {
+                str(layer): nn.ModuleDict(
+                    {sublayer: VFMAdapter(width, config) for sublayer in config.sublayers}
+                )
+                for layer in layers
+            }
+        )
+
+    def forward(self, x: Tensor, u: Tensor, layer: int, sublayer: str) -> Tensor:
+        """x + s·A(u) with the adapter A beside `sublayer` of block `layer`; x where there is none.
+
+        x, u: [B, H, W, C].
+        """
+        if str(layer) not in self.layers or sublayer not in self.config.sublayers:
+            return x
+        hypernetwork = self.hypernetworks[sublayer] if self.hypernetworks else None
+        adapter = self.layers[str(layer)][sublayer]  # type: ignore[index]
+        return torch.add(x, adapter(u, self.queries, hypernetwork), alpha=self.config.scale)

@@ -1,0 +1,72 @@
+"""What every operator's public function does before its custom op: check, then autocast."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def check_tensor(operator: str, argument: str, value: Any, shape: str) -> None:
+    """`value` is a floating-point tensor with the dimensions of `shape`, as "B, C, H, W"."""
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"{operator}: {argument} must be a Tensor [{shape}], got {type(value).__name__}"
+        )
+    if value.dtype not in DTYPES:
+        raise TypeError(
+            f"{operator}: {argument} must be float32, float16, bfloat16 or float64,"
+            f" got {_name(value.dtype)}"
+        )
+    if value.dim() != shape.count(",") + 1:
+        raise ValueError(
+            f"{operator}: {argument} must have the shape [{shape}], got {list(value.shape)}"
+        )
+
+
+def check_alike(operator: str, input: Tensor, **others: Tensor | None) -> None:
+    """Every tensor in `others` has the dtype and the device of `input`."""
+    for argument, other in others.items():
+        if other is None:
+            continue
+        if other.dtype != input.dtype and not _autocasts(input):
+            raise TypeError(
+                f"{operator}: {argument} is {_name(other.dtype)}, input is {_name(input.dtype)}"
+            )
+        if other.device != input.device:
+            raise ValueError(
+                f"{operator}: {argument} is on {other.device}, input is on {input.device}"
+            )
+
+
+def autocast(*tensors: Tensor | None) -> list[Tensor | None]:
+    """The tensors in autocast's dtype where autocast is on, as it treats `conv2d` and `linear`."""
+    first = tensors[0]
+    assert first is not None
+    if not _autocasts(first):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(first.device.type)
+    return [
+        tensor if tensor is None or tensor.dtype == torch.float64 else tensor.to(dtype)
+        for tensor in tensors
+    ]
+
+
+def int_pair(operator: str, argument: str, value: Any, minimum: int) -> tuple[int, int]:
+    """`value` as (vertical, horizontal); it may be one int or a pair of them."""
+    pair = (value, value) if isinstance(value, int) else value
+    is_pair = isinstance(pair, tuple | list) and len(pair) == 2
+    if not is_pair or not all(isinstance(v, int) and not isinstance(v, bool) for v in pair):
+        raise TypeError(f"{operator}: {argument} must be an int or a pair of ints, got {value!r}")
+    if min(pair) < minimum:
+        raise ValueError(f"{operator}: {argument} must be at least {minimum}, got {value!r}")
+    return pair[0], pair[1]
+
+
+def _autocasts(tensor: Tensor) -> bool:
+    return torch.is_autocast_enabled(tensor.device.type) and tensor.dtype != torch.float64
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,7 @@
+"""The mathematics of every operator in a few lines of plain PyTorch: the definition of truth."""
+
+from vfmk.reference.adapter_attention import adapter_attention
+from vfmk.reference.attention_pool import attention_pool
+from vfmk.reference.dynamic_depthwise_conv2d import dynamic_depthwise_conv2d
+
+__all__ = ["adapter_attention", "attention_pool", "dynamic_depthwise_conv2d"]
