@@ -1,0 +1,1 @@
+"""Measurements against eager PyTorch and other peers."""

@@ -1,0 +1,190 @@
+"""One case of a benchmark: check every contender, then time them in turn.
+
+Contenders take turns round by round, so that what else the machine does falls on all alike. On CUDA
+they are timed by events, over rotated inputs that together exceed the cache.
+"""
+
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.operator_checks import relative_error
+
+CACHE_BYTES = 256 << 20  # more than the last-level cache of any GPU so far
+ROUNDS = 30
+ROUND_SECONDS = 2e-3  # a contender repeats its call until one turn takes about so long
+
+Function = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is measured: contenders[0] is ours.
+
+    `inputs()` makes fresh arguments; `differentiable` says which of them get gradients. `bytes` and
+    `flop` are what one call must at least move and compute; `tolerance` bounds each contender's
+    relative error against `reference` in float64.
+    """
+
+    contenders: dict[str, Function]
+    reference: Function
+    inputs: Callable[[], tuple[Tensor, ...]]
+    direction: str  # "forward", "backward" or "both"
+    bytes: int
+    flop: int
+    tolerance: float
+
+
+def measure(benchmark: Any, case: Case, rounds: int = ROUNDS) -> None:
+    """Time `case`; medians in seconds and the shares of the limits go to benchmark.extra_info."""
+    first = case.inputs()
+    device = first[0].device
+    copies = 1
+    if device.type == "cuda":
+        size = sum(tensor.nbytes for tensor in first)
+        copies = max(2, -(-CACHE_BYTES // size))
+    inputs = [first, *(case.inputs() for _ in range(copies - 1))]
+    for name, function in case.contenders.items():
+        _check(name, function, case, first)
+    calls = {
+        name: _calls(function, case.direction, inputs) for name, function in case.contenders.items()
+    }
+    calls["copy"] = _copies(case.bytes, device)
+    turns = {name: _Turn(call, device) for name, call in calls.items()}
+    ours, *peers = turns
+
+    def let_peers_go() -> None:
+        for peer in peers:
+            turns[peer].go()
+
+    benchmark.pedantic(turns[ours].go, setup=let_peers_go, rounds=rounds)
+    medians = {name: statistics.median(turn.seconds) for name, turn in turns.items()}
+    benchmark.extra_info |= {
+        "device": _device_name(device),
+        "direction": case.direction,
+        "bytes": case.bytes,
+        "flop": case.flop,
+        "median_seconds": medians,
+        "spread": {name: turn.spread() for name, turn in turns.items()},
+        "share_of_copy": medians["copy"] / medians[ours],
+        "flop_per_second": case.flop / medians[ours],
+    }
+    if device.type == "cuda":
+        benchmark.extra_info["peak_bytes"] = {
+            name: _peak_bytes(call) for name, call in calls.items()
+        }
+
+
+class _Turn:
+    """A contender's turns: calls per turn, and seconds per call of each turn taken."""
+
+    def __init__(self, calls: Callable[[], Any], device: torch.device) -> None:
+        self.calls, self.device = calls, device
+        self.repeats = 1
+        self.seconds: list[float] = []
+        for _ in range(3):
+            once = self._time()
+        self.repeats = max(1, round(ROUND_SECONDS / once))
+
+    def go(self) -> None:
+        self.seconds.append(self._time())
+
+    def spread(self) -> float:
+        """Interquartile range over median."""
+        low, middle, high = statistics.quantiles(self.seconds, n=4)
+        return (high - low) / middle
+
+    def _time(self) -> float:
+        if self.device.type == "cuda":
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            for _ in range(self.repeats):
+                self.calls()
+            end.record()
+            end.synchronize()
+            return start.elapsed_time(end) / 1e3 / self.repeats
+        start_time = time.perf_counter()
+        for _ in range(self.repeats):
+            self.calls()
+        return (time.perf_counter() - start_time) / self.repeats
+
+
+def _calls(
+    function: Function, direction: str, inputs: Sequence[tuple[Tensor, ...]]
+) -> Callable[[], Any]:
+    """A call of no arguments that goes through `inputs` in turn."""
+    rotation = itertools.cycle(range(len(inputs)))
+    if direction == "forward":
+
+        def forward() -> Tensor:
+            with torch.no_grad():
+                return function(*inputs[next(rotation)])
+
+        return forward
+    leaves = [tuple(t.detach().requires_grad_() for t in args) for args in inputs]
+    outputs = [function(*args) for args in leaves]
+    cotangents = [torch.randn_like(output) for output in outputs]
+    if direction == "both":
+        outputs.clear()
+
+        def both() -> tuple[Tensor, ...]:
+            i = next(rotation)
+            return torch.autograd.grad(function(*leaves[i]), leaves[i], cotangents[i])
+
+        return both
+
+    def backward() -> tuple[Tensor, ...]:
+        i = next(rotation)
+        return torch.autograd.grad(outputs[i], leaves[i], cotangents[i], retain_graph=True)
+
+    return backward
+
+
+def _check(name: str, function: Function, case: Case, args: tuple[Tensor, ...]) -> None:
+    """Output and gradients of a contender, before it is timed."""
+    results = []
+    for contender, tensors in ((function, args), (case.reference, [a.double() for a in args])):
+        leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+        output = contender(*leaves)
+        cotangent = torch.ones_like(output).cumsum(-1).remainder(3) - 1
+        results.append([output, *torch.autograd.grad(output, leaves, cotangent)])
+    for actual, truth in zip(*results, strict=True):
+        error = relative_error(actual, truth)
+        if not error <= case.tolerance:
+            raise AssertionError(f"{name} is wrong: relative error {error:.2e}")
+
+
+def _copies(total_bytes: int, device: torch.device) -> Callable[[], Any]:
+    """A copy that moves as many bytes as the case must: the memory limit, measured."""
+    count = max(2, -(-CACHE_BYTES // total_bytes)) if device.type == "cuda" else 1
+    sources = [torch.randint(255, (total_bytes // 2,), device=device).byte() for _ in range(count)]
+    targets = [torch.empty_like(source) for source in sources]
+    rotation = itertools.cycle(range(count))
+
+    def copy() -> Tensor:
+        i = next(rotation)
+        return targets[i].copy_(sources[i])
+
+    return copy
+
+
+def _peak_bytes(call: Callable[[], Any]) -> int:
+    """Device memory of one call above what stood before it."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"

@@ -1,0 +1,13 @@
+"""The command `vfmk`. Each subcommand only reads its arguments and prints what came back."""
+
+try:
+    import typer
+except ImportError as error:
+    raise SystemExit(f"vfmk: {error}; the commands need: pip install vfmk[cli]") from None
+
+from vfmk.cli.demo import demo
+from vfmk.cli.info import info
+
+app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
+app.command()(info)
+app.command()(demo)

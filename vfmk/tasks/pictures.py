@@ -1,0 +1,60 @@
+"""What people would rather look at than read."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+from vfmk.data.sample import Sample
+from vfmk.tasks.controls import binary_iou
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+
+
+def draw_grid(
+    path: Path,
+    samples: Sequence[Sample],
+    before: Sequence[np.ndarray],
+    after: Sequence[np.ndarray],
+) -> None:
+    """A row for each sample: image with its point, truth, mask before, mask after."""
+    figure, rows = pyplot.subplots(
+        len(samples), 4, figsize=(8, 2.1 * len(samples)), squeeze=False, layout="constrained"
+    )
+    for row, sample, old, new in zip(rows, samples, before, after, strict=True):
+        titles = (
+            "image",
+            "truth",
+            f"before, IoU {binary_iou(old, sample.mask):.2f}",
+            f"after, IoU {binary_iou(new, sample.mask):.2f}",
+        )
+        for axes, title, mask in zip(row, titles, (None, sample.mask, old, new), strict=True):
+            axes.imshow(sample.image if mask is None else _overlaid(sample.image, mask))
+            axes.set_title(title, fontsize=8)
+            axes.set_axis_off()
+        row[0].plot(*sample.points[0], marker="*", color="lime", markeredgecolor="black")
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def draw_loss(path: Path, losses: Sequence[float]) -> None:
+    """The loss of every step, and its mean over a tenth of them."""
+    window = max(1, len(losses) // 10)
+    mean = np.convolve(losses, np.ones(window) / window, mode="valid")
+    figure, axes = pyplot.subplots(figsize=(6, 3), layout="constrained")
+    axes.plot(losses, linewidth=0.6, alpha=0.5, label="each step")
+    axes.plot(np.arange(window - 1, len(losses)), mean, label=f"mean of {window} steps")
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss")
+    axes.legend()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def _overlaid(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """The image in grey, the mask in colour upon it."""
+    grey = np.repeat(image.mean(-1, keepdims=True), 3, axis=-1) / 255
+    colour = np.array([1.0, 0.35, 0.1])
+    return np.where(mask[..., None], 0.35 * grey + 0.65 * colour, grey)
