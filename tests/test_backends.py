@@ -1,0 +1,87 @@
+"""Which backend runs is told, and one asked for by name runs or raises."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import vfmk
+from vfmk import _backends
+
+NAME = "dynamic_depthwise_conv2d"
+
+
+def call(dtype=torch.float32):
+    return vfmk.ops.dynamic_depthwise_conv2d(
+        torch.ones(1, 1, 2, 2, dtype=dtype), torch.ones(1, 1, 1, 1, dtype=dtype)
+    )
+
+
+def test_every_backend_is_named_with_a_reason():
+    reasons = vfmk.backends()[NAME]
+    assert tuple(reasons) == ("cuda", "triton", "cpu", "reference")
+    assert reasons["reference"] == ""
+    if not torch.cuda.is_available():
+        assert "without CUDA" in reasons["cuda"] or "GPU" in reasons["cuda"]
+
+
+def test_a_backend_asked_for_runs_or_raises(monkeypatch):
+    ran = []
+    kernels = _backends._kernels(NAME, "reference")
+    monkeypatch.setitem(kernels, "forward", lambda *args: ran.append("reference"))
+    with vfmk.use_backend("reference"):
+        call()
+    assert ran == ["reference"]
+    with (
+        vfmk.use_backend("cuda"),
+        pytest.raises(
+            vfmk.BackendError, match=rf"^{NAME}: the backend 'cuda' cannot run this call"
+        ),
+    ):
+        call()
+
+
+def test_the_reason_may_lie_in_the_arguments():
+    if reason := vfmk.backends()[NAME]["cpu"]:
+        pytest.skip(reason)
+    with (
+        vfmk.use_backend("cpu"),
+        pytest.raises(vfmk.BackendError, match="cpu: float64 has the reference alone"),
+    ):
+        call(torch.float64)
+
+
+def test_the_environment_chooses(monkeypatch):
+    monkeypatch.setenv("VFMK_BACKEND", "cuda")
+    if not torch.cuda.is_available():
+        with pytest.raises(vfmk.BackendError, match="the backend 'cuda' cannot"):
+            call()
+    with vfmk.use_backend("reference"):  # the block is nearer than the environment
+        call()
+    monkeypatch.setenv("VFMK_BACKEND", "fast")
+    with pytest.raises(ValueError, match="VFMK_BACKEND: 'fast' is no backend"):
+        call()
+
+
+def test_use_backend_ends_with_the_block():
+    with (
+        pytest.raises(ValueError, match="use_backend: 'gpu' is no backend"),
+        vfmk.use_backend("gpu"),
+    ):
+        pass
+    with pytest.raises(ZeroDivisionError), vfmk.use_backend("cuda"):
+        raise ZeroDivisionError
+    call()
+
+
+LIGHT = """
+import sys, torch, vfmk
+heavy = {"triton", "torchvision", "segment_anything", "typer", "matplotlib", "scipy"}
+assert not heavy & sys.modules.keys(), heavy & sys.modules.keys()
+assert not torch.cuda.is_initialized()
+"""
+
+
+def test_import_is_light():
+    subprocess.run([sys.executable, "-c", LIGHT], check=True)
