@@ -33,8 +33,10 @@ class VFMAdapter(nn.Module):
         self.up = nn.Linear(rank, width)  # W_u, b_u
         self.dropout = nn.Dropout(config.dropout)
         if self.dynamic:
-            self.to_tokens = nn.Sequential(  # W_m1, W_m2
-                nn.Linear(width, tokens), nn.ReLU(), nn.Linear(tokens, tokens)
+            self.to_tokens = nn.Sequential(
+                nn.Linear(width, tokens),  # W_m1, b_m1
+                nn.ReLU(),
+                nn.Linear(tokens, tokens),  # W_m2, b_m2
             )
         else:
             self.kernels = nn.Parameter(
@@ -49,8 +51,9 @@ class VFMAdapter(nn.Module):
                 nn.init.xavier_uniform_(linear.weight)
                 nn.init.zeros_(linear.bias)
         if self.dynamic:
-            for layer in (self.to_tokens[0], self.to_tokens[2]):
-                layer.reset_parameters()
+            for module in self.to_tokens:
+                if isinstance(module, nn.Linear):
+                    module.reset_parameters()
         else:
             nn.init.kaiming_uniform_(self.kernels, a=5**0.5)  # as nn.Conv2d
         nn.init.zeros_(self.up.weight)

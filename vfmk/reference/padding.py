@@ -9,7 +9,7 @@ def resolve_padding(
     "same" keeps the size; an even kernel then gets its odd zero at the bottom and right, as in
     `torch.nn.functional.conv2d`.
     """
-    if padding == "same":
+    if isinstance(padding, str):  # "same"
         total_h, total_w = (d * (k - 1) for k, d in zip(kernel_size, dilation, strict=True))
         return total_h // 2, total_h - total_h // 2, total_w // 2, total_w - total_w // 2
     pad_h, pad_w = pair(padding)

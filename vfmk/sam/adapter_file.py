@@ -97,7 +97,7 @@ def fingerprint(state_dict: Mapping[str, Tensor]) -> str:
         tensor = state_dict[name]
         digest.update(f"{name}{list(tensor.shape)}".encode())
         rounded = tensor.detach().to("cpu", torch.bfloat16).contiguous()
-        digest.update(rounded.flatten().view(torch.uint8).numpy())
+        digest.update(rounded.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -54,7 +54,7 @@ def finetune(
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             schedule.step()
-            yield float(loss)
+            yield loss.item()
     finally:
         adapted.eval()
 
@@ -73,5 +73,5 @@ def _mirrored(sample: Sample) -> Sample:
     width = sample.mask.shape[1]
     points = np.stack([width - 1 - sample.points[:, 0], sample.points[:, 1]], axis=1)
     return Sample(
-        sample.id, sample.image[:, ::-1].copy(), sample.mask[:, ::-1], points, sample.labels
+        sample.id, sample.image[:, ::-1].copy(), sample.mask[:, ::-1].copy(), points, sample.labels
     )
