@@ -12,7 +12,7 @@ demo: $(READY)
 	$(VENV)/bin/vfmk demo --output report
 
 test: $(READY)
-	$(RUN) -m pytest -n 2
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2  # a thread for each of two workers
 
 bench: $(READY)
 	$(RUN) -m pytest bench --benchmark-json build/bench.json

@@ -107,6 +107,20 @@ def check_deterministic(call: Call, args: tuple[Tensor | None, ...]) -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+def check_threads(call: Call, args: tuple[Tensor | None, ...], limit: float = 0.0) -> None:
+    """The same bits with one thread as with two; or within `limit`, where torch computes a part."""
+    before = torch.get_num_threads()
+    results = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        try:
+            results.append(value_and_gradients(call, args))
+        finally:
+            torch.set_num_threads(before)
+    for one, two in zip(*results, strict=True):
+        assert relative_error(two, one) <= limit
+
+
 def check_every_element_written(call: Call, args: tuple[Tensor | None, ...]) -> None:
     """Nothing of what the operator allocates stays uninitialised (torch fills it with NaN)."""
     torch.use_deterministic_algorithms(True, warn_only=True)

@@ -1,0 +1,1 @@
+"""Samples for promptable segmentation: generated, composed, or read from a folder."""

@@ -1,0 +1,1 @@
+"""The Segment Anything Model: loading, accelerating, adapting."""

@@ -1,0 +1,1 @@
+"""Losses, metrics and training loops for dense prediction."""
