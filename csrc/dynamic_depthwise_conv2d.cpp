@@ -14,8 +14,8 @@
 
 #if defined(VFMK_WITH_CUDA)
 // Exported by libtorch_cuda alone: null under a CPU-only torch, where the library loads as well.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(
-    int32_t device_index, void** stream);
+extern "C" __attribute__((weak)) AOTITorchError
+aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
 #endif
 
 namespace vfmk::dynamic_depthwise_conv2d {
@@ -34,12 +34,15 @@ VFMK_DECLARE(baseline)
 #if defined(__x86_64__)
 VFMK_DECLARE(avx2)
 VFMK_DECLARE(avx512)
-#define VFMK_DISPATCH(call)                       \
-  switch (cpu_isa()) {                            \
-    case CpuIsa::avx512: return avx512::call;     \
-    case CpuIsa::avx2: return avx2::call;         \
-    case CpuIsa::baseline: return baseline::call; \
-  }                                               \
+#define VFMK_DISPATCH(call)  \
+  switch (cpu_isa()) {       \
+    case CpuIsa::avx512:     \
+      return avx512::call;   \
+    case CpuIsa::avx2:       \
+      return avx2::call;     \
+    case CpuIsa::baseline:   \
+      return baseline::call; \
+  }                          \
   return baseline::call
 #else
 #define VFMK_DISPATCH(call) return baseline::call
@@ -66,10 +69,14 @@ using Sizes = std::vector<int64_t>;
 
 DType dtype_of(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
-    case ScalarType::Float: return DType::float32;
-    case ScalarType::Half: return DType::float16;
-    case ScalarType::BFloat16: return DType::bfloat16;
-    default: STD_TORCH_CHECK(false, "dynamic_depthwise_conv2d: unsupported dtype");
+    case ScalarType::Float:
+      return DType::float32;
+    case ScalarType::Half:
+      return DType::float16;
+    case ScalarType::BFloat16:
+      return DType::bfloat16;
+    default:
+      STD_TORCH_CHECK(false, "dynamic_depthwise_conv2d: unsupported dtype");
   }
 }
 
@@ -120,9 +127,12 @@ void* mutable_data(const std::optional<Tensor>& tensor) {
 Backward pointers(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
                   const std::optional<Tensor>& grad_input, const std::optional<Tensor>& grad_weight,
                   const std::optional<Tensor>& grad_bias, const Tensor& workspace) {
-  return {grad_output.const_data_ptr(), input.const_data_ptr(),
-          weight.const_data_ptr(),      mutable_data(grad_input),
-          mutable_data(grad_weight),    mutable_data(grad_bias),
+  return {grad_output.const_data_ptr(),
+          input.const_data_ptr(),
+          weight.const_data_ptr(),
+          mutable_data(grad_input),
+          mutable_data(grad_weight),
+          mutable_data(grad_bias),
           static_cast<float*>(workspace.mutable_data_ptr())};
 }
 
@@ -144,8 +154,8 @@ void backward_cpu(Tensor grad_output, Tensor input, Tensor weight, Sizes padding
   Problem problem = describe(input, weight, padding, dilation, grad_output);
   problem.shared_bias = is_shared(grad_bias);
   const Tensor workspace = new_workspace(cpu::workspace_floats(problem), input);
-  cpu::backward(problem, pointers(grad_output, input, weight, grad_input, grad_weight, grad_bias,
-                                  workspace));
+  cpu::backward(
+      problem, pointers(grad_output, input, weight, grad_input, grad_weight, grad_bias, workspace));
 }
 
 #if defined(VFMK_WITH_CUDA)
@@ -179,9 +189,9 @@ void backward_cuda(Tensor grad_output, Tensor input, Tensor weight, Sizes paddin
   Problem problem = describe(input, weight, padding, dilation, grad_output);
   problem.shared_bias = is_shared(grad_bias);
   const Tensor workspace = new_workspace(cuda::workspace_floats(problem), input);
-  check(cuda::backward(problem, pointers(grad_output, input, weight, grad_input, grad_weight,
-                                         grad_bias, workspace),
-                       current_stream(input)));
+  check(cuda::backward(
+      problem, pointers(grad_output, input, weight, grad_input, grad_weight, grad_bias, workspace),
+      current_stream(input)));
 }
 
 #endif

@@ -1,8 +1,8 @@
 // What the PyTorch boundary (dynamic_depthwise_conv2d.cpp) and the kernels (cpu/, cuda/) agree on.
 // Plain data, no torch: the CUDA sources compile against this header alone.
 //
-//   output[b,c,y,x] = bias[b,c] + sum over i,j of
-//     weight[b,c,i,j] * input[b, c, y - pad_top + i*dilation_height, x - pad_left + j*dilation_width]
+//   output[b,c,y,x] = bias[b,c] + sum over i,j of weight[b,c,i,j] *
+//     input[b, c, y - pad_top + i*dilation_height, x - pad_left + j*dilation_width]
 //
 // with zeros outside the input.
 #pragma once

@@ -11,6 +11,7 @@ import pytest
 
 from vfmk import _backends
 
+pytestmark = pytest.mark.xdist_group("wheel")  # one worker: the build happens once
 ROOT = Path(__file__).parents[1]
 RUN = """
 import json, torch, vfmk

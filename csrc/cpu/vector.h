@@ -123,6 +123,16 @@ inline Lane lane_index() {
   return index;
 }
 
+// The value, loaded once: without this GCC repeats a load in every multiply-add that uses it.
+inline Vec in_register(Vec value) {
+#if defined(__x86_64__)
+  asm("" : "+v"(value));
+#elif defined(__aarch64__)
+  asm("" : "+w"(value));
+#endif
+  return value;
+}
+
 inline Vec masked(Vec value, Lane mask) { return (Vec)((Lane)value & mask); }
 
 inline float sum_of_lanes(Vec value) {

@@ -129,7 +129,7 @@ def _forward(
         dilation,
         output,
     )
-    _backends.kernel(NAME, "forward", input)(*arguments)
+    _backends.kernel(NAME, "forward", input, padding)(*arguments)
     return output
 
 
@@ -164,7 +164,7 @@ def _backward(
         dilation,
         *(gradient if want else None for gradient, want in zip(gradients, wanted, strict=True)),
     )
-    _backends.kernel(NAME, "backward", input)(*arguments)
+    _backends.kernel(NAME, "backward", input, padding)(*arguments)
     return gradients
 
 
@@ -221,22 +221,27 @@ def _empty(size: Sequence[int], like: Tensor) -> Tensor:
     return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=_layout(like))
 
 
-def _not_supported_natively(device: str, input: Tensor) -> str:
+def _not_supported(device: str, input: Tensor, padding: Sequence[int]) -> str:
     if input.device.type != device:
         return f"input is on {input.device}"
     return "float64 has the reference alone" if input.dtype == torch.float64 else ""
 
 
-def _not_supported_by_triton(input: Tensor) -> str:
-    return _not_supported_natively("cpu" if _backends.interpreted() else "cuda", input)
+def _not_supported_by_triton(input: Tensor, padding: Sequence[int]) -> str:
+    device = "cpu" if _backends.interpreted() else "cuda"
+    if reason := _not_supported(device, input, padding):
+        return reason
+    from vfmk.kernels import dynamic_depthwise_conv2d as kernels
+
+    return kernels.not_supported(input, padding)
 
 
 _backends.register(
     NAME,
     {
-        "cuda": _backends.native(NAME, functools.partial(_not_supported_natively, "cuda")),
+        "cuda": _backends.native(NAME, functools.partial(_not_supported, "cuda")),
         "triton": _backends.module(f"vfmk.kernels.{NAME}", _not_supported_by_triton),
-        "cpu": _backends.native(NAME, functools.partial(_not_supported_natively, "cpu")),
-        "reference": _backends.module(f"vfmk.reference.{NAME}", lambda input: ""),
+        "cpu": _backends.native(NAME, functools.partial(_not_supported, "cpu")),
+        "reference": _backends.module(f"vfmk.reference.{NAME}", lambda input, padding: ""),
     },
 )

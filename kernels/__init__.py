@@ -1,0 +1,1 @@
+"""Triton kernels, packaged as vfmk.kernels; importing this package imports no Triton."""
