@@ -30,4 +30,4 @@ $(READY): pyproject.toml setup.py $(shell find csrc -type f)
 	touch $@
 
 clean:
-	rm -rf build dist report *.egg-info vfmk/*.so
+	rm -rf build dist report *.egg-info vfmk/*.so $(READY)

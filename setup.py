@@ -8,6 +8,7 @@ MAX_JOBS               compile jobs at once
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -39,33 +40,37 @@ def flag(name: str, default: str = "") -> str:
     return value
 
 
-def find_nvcc() -> Path | None:
-    """$CUDA_HOME, the conventional folder, then PATH, whose nvcc may wrap one elsewhere."""
+def cuda_toolkit() -> Path | None:
+    """In $CUDA_HOME, the conventional folder, or where PATH's nvcc leads; or None."""
+    wanted = flag("VFMK_CUDA")
     homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
     candidates = [Path(home) / "bin" / "nvcc" for home in homes if home]
-    if on_path := shutil.which("nvcc"):
-        candidates.append(Path(on_path).resolve())
-    return next((nvcc for nvcc in candidates if nvcc.is_file()), None)
-
-
-def cuda_toolkit() -> Path | None:
-    """The toolkit to build with, or None for a library without CUDA."""
-    wanted = flag("VFMK_CUDA")
-    nvcc = None if wanted == "0" else find_nvcc()
+    candidates.append(Path(shutil.which("nvcc") or "nvcc").resolve())
+    nvcc = next((nvcc for nvcc in candidates if nvcc.is_file()), None)
     if wanted == "1" and nvcc is None:
         raise SystemExit("VFMK_CUDA=1, but no nvcc in $CUDA_HOME, /usr/local/cuda or PATH")
-    return nvcc.parent.parent if nvcc else None
+    return None if wanted == "0" or nvcc is None else nvcc.parent.parent
 
 
-def gencode(architectures: str) -> str:
-    """nvcc's flags for a list in TORCH_CUDA_ARCH_LIST's form."""
-    flags = []
-    for entry in architectures.replace(" ", ";").split(";"):
+def gencode(nvcc: Path) -> tuple[str, str]:
+    """The architectures asked for that nvcc knows, and its flags for them."""
+    asked = os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHITECTURES
+    codes = subprocess.check_output([nvcc, "--list-gpu-code"], text=True).split()
+    names, flags = [], []
+    for entry in re.split(r"[; ]+", asked.strip("; ")):
+        if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", entry):
+            raise SystemExit(f"TORCH_CUDA_ARCH_LIST has {entry!r}; expected such as 9.0 or 9.0+PTX")
         number = entry.removesuffix("+PTX").replace(".", "")
+        if int(entry.split(".")[0]) < 8 or f"sm_{number}" not in codes:
+            print(f"vfmk: not compiling for {entry}: below 8.0, or unknown to {nvcc}")
+            continue
+        names.append(entry)
         flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
         if entry.endswith("+PTX"):
             flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
-    return " ".join(flags)
+    if not names:
+        raise SystemExit(f"vfmk: {nvcc} can compile for none of {asked}; VFMK_CUDA=0 goes without")
+    return " ".join(names), " ".join(flags)
 
 
 def ninja_file(build: Path, output: Path) -> str:
@@ -73,6 +78,8 @@ def ninja_file(build: Path, output: Path) -> str:
 
     torch_home = Path(torch.__file__).parent
     cxx = os.environ.get("CXX", "g++")
+    if shutil.which(cxx) is None:
+        raise SystemExit(f"vfmk: no C++ compiler {cxx!r}; VFMK_NATIVE=0 installs without a library")
     headers = f"-I {ROOT}/csrc -isystem {torch_home}/include"
     link = f"-Wl,--no-as-needed -L{torch_home}/lib -ltorch -Wl,--as-needed"
     defines = ""
@@ -86,12 +93,11 @@ def ninja_file(build: Path, output: Path) -> str:
         for isa, isa_flags in CPU_FLAGS.items():
             compile_edge("cxx", source, isa, f"-DVFMK_ISA={isa} {isa_flags}")
     if cuda := cuda_toolkit():
-        architectures = os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHITECTURES
-        names = architectures.replace(";", " ")
+        names, flags = gencode(cuda / "bin" / "nvcc")
         defines = f"-DVFMK_WITH_CUDA '-DVFMK_CUDA_ARCHITECTURES=\"{names}\"'"
         link += f" -L{cuda}/lib64 -lcudart_static -lrt -ldl -lpthread -Wl,--exclude-libs,ALL"
         for source in sorted(ROOT.glob("csrc/cuda/*.cu")):
-            compile_edge("nvcc", source, "cuda", gencode(architectures))
+            compile_edge("nvcc", source, "cuda", flags)
     for source in sorted(ROOT.glob("csrc/*.cpp")):
         compile_edge("cxx", source, "host", defines)
 
@@ -135,6 +141,8 @@ class PlainWheel(bdist_wheel):
 
 
 native = flag("VFMK_NATIVE", "1") != "0"
+if not native:
+    (ROOT / "vfmk" / "libvfmk.so").unlink(missing_ok=True)  # of an earlier editable install
 setup(
     ext_modules=[Extension("vfmk.libvfmk", sources=[])] if native else [],
     cmdclass={"build_ext": BuildLibrary, "bdist_wheel": PlainWheel},

@@ -165,7 +165,10 @@ def _check(name: str, function: Function, case: Case, args: tuple[Tensor, ...]) 
 def _copies(total_bytes: int, device: torch.device) -> Callable[[], Any]:
     """A copy that moves as many bytes as the case must: the memory limit, measured."""
     count = max(2, -(-CACHE_BYTES // total_bytes)) if device.type == "cuda" else 1
-    sources = [torch.randint(255, (total_bytes // 2,), device=device).byte() for _ in range(count)]
+    sources = [
+        torch.randint(255, (total_bytes // 2,), device=device, dtype=torch.uint8)
+        for _ in range(count)
+    ]
     targets = [torch.empty_like(source) for source in sources]
     rotation = itertools.cycle(range(count))
 

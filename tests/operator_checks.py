@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import vfmk
 
@@ -132,6 +133,20 @@ def check_every_element_written(call: Call, args: tuple[Tensor | None, ...]) -> 
     assert all(result.isfinite().all() for result in results)
 
 
+class _Backwards(TorchDispatchMode):
+    """Counts the gradients that an operator's backward made: its outputs that are not empty."""
+
+    def __init__(self, operator: str) -> None:
+        super().__init__()
+        self.name, self.made = f"vfmk::{operator}_backward", 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        outputs = func(*args, **(kwargs or {}))
+        if func.name() == self.name:
+            self.made += sum(output.numel() > 0 for output in outputs)
+        return outputs
+
+
 def check_unwanted_gradients(call: Call, args: tuple[Tensor | None, ...]) -> None:
     """Asking for one gradient alone gives the same bits, and no other is made."""
     every = value_and_gradients(call, args)[1:]
@@ -142,8 +157,10 @@ def check_unwanted_gradients(call: Call, args: tuple[Tensor | None, ...]) -> Non
         output = call(*leaves)
         generator = torch.Generator().manual_seed(output.numel())
         cotangent = torch.randn(output.shape, generator=generator, dtype=torch.float64)
-        output.backward(cotangent.to(output.device, output.dtype))
+        with _Backwards(call.name) as backwards:
+            output.backward(cotangent.to(output.device, output.dtype))
         assert torch.equal(leaves[index].grad, expected)
+        assert backwards.made == 1
 
 
 def check_gradcheck(call: Call, args: tuple[Tensor | None, ...]) -> None:

@@ -1,5 +1,6 @@
 """Which backend runs is told, and one asked for by name runs or raises."""
 
+import os
 import subprocess
 import sys
 
@@ -73,6 +74,38 @@ def test_use_backend_ends_with_the_block():
     with pytest.raises(ZeroDivisionError), vfmk.use_backend("cuda"):
         raise ZeroDivisionError
     call()
+
+
+def test_use_backend_has_no_silent_effect_inside_compile():
+    def inside(x):
+        with vfmk.use_backend("reference"):
+            return x + 1
+
+    with pytest.raises(Exception, match=r"no effect inside torch\.compile"):
+        torch.compile(inside, backend="eager", fullgraph=True)(torch.ones(1))
+
+
+def test_the_native_library_is_built():
+    """Unless it was left out on purpose: its absence would skip what tests it."""
+    if os.environ.get("VFMK_NATIVE") == "0":
+        pytest.skip("VFMK_NATIVE=0")
+    assert vfmk.backends()[NAME]["cpu"] == ""
+
+
+@pytest.mark.parametrize(
+    ("capability", "built", "runs"),
+    [
+        ((9, 0), "9.0", True),
+        ((8, 9), "8.6", True),
+        ((8, 6), "8.9", False),
+        ((9, 0), "8.0", False),
+        ((10, 0), "9.0+PTX", True),
+        ((10, 3), "12.0+PTX", False),
+        ((9, 0), "9.0a", True),
+    ],
+)
+def test_which_machine_code_runs_on_which_gpu(capability, built, runs):
+    assert _backends._runs_on(capability, built) == runs
 
 
 LIGHT = """

@@ -64,6 +64,8 @@ def use_backend(name: str) -> Iterator[None]:
     VFMK_BACKEND does the same from outside.
     """
     global _forced
+    if torch.compiler.is_compiling():
+        raise RuntimeError("use_backend: no effect inside torch.compile; put it around the call")
     previous, _forced = _forced, _checked(name, "use_backend")
     try:
         yield
@@ -110,7 +112,10 @@ def _no_library() -> str:
             "the native library was not built (VFMK_NATIVE=0, or a source tree not yet installed);"
             " see README, Install"
         )
-    torch.ops.load_library(str(LIBRARY))
+    try:
+        torch.ops.load_library(str(LIBRARY))
+    except OSError as error:
+        return f"the native library does not load: {error}"
     return ""
 
 
@@ -128,9 +133,23 @@ def _no_gpu() -> str:
 def _no_cuda() -> str:
     if reason := _no_library():
         return reason
-    if build_info().endswith("cuda: none"):
+    architectures = build_info().split("cuda: ")[1]
+    if architectures == "none":
         return "the native library was built without CUDA (VFMK_CUDA=0, or no nvcc)"
-    return _no_gpu()
+    if reason := _no_gpu():
+        return reason
+    capability = torch.cuda.get_device_capability()
+    if not any(_runs_on(capability, built) for built in architectures.split()):
+        return f"the native library was built for {architectures}, the GPU is {capability}"
+    return ""
+
+
+def _runs_on(capability: tuple[int, int], built: str) -> bool:
+    """Machine code serves later minor versions of its major one, PTX everything later."""
+    major, minor = (int(part.rstrip("af")) for part in built.removesuffix("+PTX").split("."))
+    if built.endswith("+PTX") and (major, minor) <= capability:
+        return True
+    return major == capability[0] and minor <= capability[1]
 
 
 @functools.cache

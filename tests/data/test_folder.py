@@ -3,6 +3,7 @@ import pytest
 from PIL import Image
 
 from vfmk.data.folder import load_folder
+from vfmk.data.sample import Sample
 
 HEIGHT, WIDTH = 20, 30
 
@@ -159,3 +160,15 @@ def test_what_does_not_fit_is_named(triple, spoil, message):
     spoil(triple)
     with pytest.raises(ValueError, match=message):
         load_folder(triple)
+
+
+def test_a_large_sample_is_shrunk_with_its_points():
+    mask = np.zeros((300, 600), bool)
+    mask[100:200, 300:500] = True
+    sample = Sample.with_deepest_point("large", np.zeros((300, 600, 3), np.uint8), mask)
+    small = sample.shrunk(60)
+    assert small.image.shape == (30, 60, 3)
+    assert small.mask.mean() == mask.mean()
+    x, y = small.points[0].astype(int)
+    assert small.mask[y, x]
+    assert sample.shrunk(600) is sample

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -189,15 +189,17 @@ def test_expanded_gradient(device):
     assert operator_checks.relative_error(leaf.grad, expected.grad) <= FP32_LIMIT
 
 
-@settings(max_examples=60, deadline=None)
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(
     size=st.tuples(*(st.integers(1, limit) for limit in (3, 19, 20, 40))),
     kernel_size=st.tuples(st.integers(1, 8), st.integers(1, 8)),
     dilation=st.tuples(st.integers(1, 3), st.integers(1, 3)),
     layout=st.sampled_from(LAYOUTS),
 )
-def test_any_shape(size, kernel_size, dilation, layout):
-    args = arguments(size, kernel_size, layout=layout)
+def test_any_shape(device, size, kernel_size, dilation, layout):
+    args = arguments(size, kernel_size, device=device, layout=layout)
     operator_checks.check_accuracy(call(dilation=dilation), args, FP32_LIMIT)
 
 
@@ -209,8 +211,10 @@ def test_gradcheck(kwargs):
     operator_checks.check_gradcheck(call(**kwargs), arguments(*SMALL))
 
 
-def test_opcheck(device):
-    leaves = [operator_checks.preserving_leaf(a) for a in arguments(*SMALL, device=device)]
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_opcheck(device, layout):
+    args = arguments(*SMALL, device=device, layout=layout)
+    leaves = [operator_checks.preserving_leaf(arg) for arg in args]
     operator_checks.check_opcheck(
         torch.ops.vfmk.dynamic_depthwise_conv2d.default, (*leaves, (1, 1, 1, 1), (1, 1))
     )
@@ -228,6 +232,16 @@ def test_export(device):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_autocast(device, dtype):
     operator_checks.check_autocast(call(), arguments(*SMALL, device=device), dtype)
+
+
+def test_autocast_does_not_mix_with_float64():
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match="weight is float64"):
+        vfmk.ops.dynamic_depthwise_conv2d(INPUT, WEIGHT.double())
+
+
+def test_meta_tensors():
+    output = vfmk.ops.dynamic_depthwise_conv2d(INPUT.to("meta"), WEIGHT.to("meta"))
+    assert output.shape == INPUT.shape
 
 
 def test_cuda_graph(device):

@@ -122,6 +122,37 @@ def test_disable_adapter_and_unload_give_the_base(sam, image):
     assert all(parameter.requires_grad for parameter in sam.parameters() if parameter.numel() > 0)
 
 
+def test_disabling_nests_and_saving_inside_keeps_what_was_trained(sam, image, tmp_path):
+    config = vfmk.VFMAdapterConfig(rank=8, modules_to_save=("image_encoder.neck",))
+    before, base = sam.image_encoder(image), copy.deepcopy(sam)
+    adapted = vfmk.get_adapted_model(sam, config)
+    randomise(adapted)
+    with torch.no_grad():
+        sam.image_encoder.neck[0].weight.mul_(2)
+    changed = sam.image_encoder(image)
+    with adapted.disable_adapter():
+        adapted.save_pretrained(tmp_path)
+        with adapted.disable_adapter():
+            pass
+        assert torch.equal(sam.image_encoder(image), before)
+    loaded = vfmk.AdaptedSam.from_pretrained(base, tmp_path)
+    assert torch.equal(loaded.sam.image_encoder(image), changed)
+    with adapted.disable_adapter():
+        adapted.unload()
+    assert torch.equal(sam.image_encoder(image), before)
+    for use in (adapted.unload, lambda: adapted.save_pretrained(tmp_path)):
+        with pytest.raises(ValueError, match="this adapted model was unloaded"):
+            use()
+
+
+def test_what_is_moved_while_adapted_is_moved_whole(sam, image):
+    config = vfmk.VFMAdapterConfig(rank=8, modules_to_save=("image_encoder.neck",))
+    adapted = vfmk.get_adapted_model(sam, config).double()
+    with adapted.disable_adapter():
+        assert sam.image_encoder(image.double()).dtype == torch.float64
+    assert {p.dtype for p in adapted.unload().parameters()} == {torch.float64}
+
+
 def test_save_and_load(sam, tmp_path):
     config = vfmk.VFMAdapterConfig(rank=8, modules_to_save=("mask_decoder",))
     base = copy.deepcopy(sam)
@@ -220,7 +251,7 @@ def test_refuses_an_edited_configuration(saved):
     document = json.loads(path.read_text())
     document["config"]["scale"] = 2.0
     path.write_text(json.dumps(document))
-    with pytest.raises(ValueError, match="does not go with"):
+    with pytest.raises(ValueError, match=r"adapter_config\.json was edited"):
         vfmk.AdaptedSam.from_pretrained(base, folder)
 
 
@@ -234,18 +265,24 @@ def test_refuses_a_configuration_of_a_later_version(saved):
     document["config"]["novelty"] = 1
     save_file(load_file(path), path, metadata={"vfmk_adapter": json.dumps(document)})
     (folder / "adapter_config.json").write_text(json.dumps(document))
-    with pytest.raises(ValueError, match=r"is of vfmk .*novelty"):
+    with pytest.raises(
+        ValueError, match=r"of vfmk .*no configuration that this version reads: .*novelty"
+    ):
         vfmk.AdaptedSam.from_pretrained(base, folder)
 
 
 SAVE_FOREVER = """
 import sys, torch, vfmk
 from vfmk.sam.load import build_tiny_sam
-torch.manual_seed(0)
-adapted = vfmk.get_adapted_model(build_tiny_sam().eval(), vfmk.VFMAdapterConfig(rank=8))
+models = []
+for rank in (4, 8):
+    torch.manual_seed(0)
+    sam = build_tiny_sam().eval()
+    models.append(vfmk.get_adapted_model(sam, vfmk.VFMAdapterConfig(rank=rank)))
 print("saving", flush=True)
 while True:
-    adapted.save_pretrained(sys.argv[1])
+    for model in models:
+        model.save_pretrained(sys.argv[1])
 """
 
 
@@ -262,7 +299,20 @@ def test_a_killed_save_leaves_a_whole_adapter(sam, tmp_path):
         except subprocess.TimeoutExpired:
             os.kill(process.pid, signal.SIGKILL)
         process.wait()
-        vfmk.AdaptedSam.from_pretrained(sam, tmp_path).unload()
+        loaded = vfmk.AdaptedSam.from_pretrained(sam, tmp_path)
+        assert loaded.config.rank in (4, 8)
+        loaded.unload()
+
+
+def test_a_save_killed_between_its_files_leaves_the_new_adapter(sam, tmp_path):
+    for rank in (4, 8):
+        adapted = vfmk.get_adapted_model(sam, vfmk.VFMAdapterConfig(rank=rank))
+        adapted.save_pretrained(tmp_path)
+        adapted.unload()
+        if rank == 4:
+            before = (tmp_path / "adapter_config.json").read_bytes()
+    (tmp_path / "adapter_config.json").write_bytes(before)
+    assert vfmk.AdaptedSam.from_pretrained(sam, tmp_path).config.rank == 8
 
 
 @pytest.mark.parametrize(
@@ -270,6 +320,10 @@ def test_a_killed_save_leaves_a_whole_adapter(sam, tmp_path):
     [
         (vfmk.VFMAdapterConfig(layers_to_transform=(1, 6)), r"layers_to_transform has \[6\]"),
         (vfmk.VFMAdapterConfig(modules_to_save=("head",)), "modules_to_save has 'head'"),
+        (
+            vfmk.VFMAdapterConfig(modules_to_save=("mask_decoder.transformer", "mask_decoder")),
+            "modules_to_save has 'mask_decoder.transformer' inside 'mask_decoder'",
+        ),
         (vfmk.VFMAdapterConfig(modules_to_save=("image_encoder",)), "holds the adapters"),
         (vfmk.VFMAdapterConfig(modules_to_save=("image_encoder.blocks.1",)), "holds the adapters"),
     ],

@@ -7,7 +7,7 @@ import torch
 import vfmk
 from vfmk.data.demo_scenes import demo_scenes
 from vfmk.tasks.controls import mean_iou, predict_logits
-from vfmk.tasks.finetune import finetune
+from vfmk.tasks.finetune import _mirrored, _rate, finetune
 
 CONFIG = vfmk.VFMAdapterConfig(rank=16)
 
@@ -41,9 +41,15 @@ def test_repeats_itself():
     assert first == second
 
 
-def test_mirroring_keeps_point_on_object():
-    from vfmk.tasks.finetune import _mirrored
+@pytest.mark.parametrize("steps", [1, 10, 15, 150])
+def test_learning_rate_rises_and_falls(steps):
+    rates = [_rate(step, steps) for step in range(steps)]
+    assert all(0 < rate <= 1 for rate in rates)
+    assert max(rates) > 0.9
+    assert steps == 1 or rates[-1] < 0.1
 
+
+def test_mirroring_keeps_point_on_object():
     sample = demo_scenes("train", 1)[0]
     mirrored = _mirrored(sample)
     x, y = mirrored.points[0].astype(int)

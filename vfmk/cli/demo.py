@@ -18,8 +18,6 @@ def demo(
     steps: Annotated[int, typer.Option(min=1, help="of fine-tuning")] = 150,
 ) -> None:
     """Adapt the tiny SAM to real images in about a minute and write a report with pictures."""
-    from vfmk.tasks.demo import run_demo
-
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeRemainingColumn()) as bar:
         task = bar.add_task("")
@@ -28,8 +26,12 @@ def demo(
             bar.update(task, description=stage, completed=done, total=total)
 
         try:
+            from vfmk.tasks.demo import run_demo
+
             run_demo(output, data=data, seed=seed, steps=steps, progress=progress)
-        except (OSError, ValueError) as error:
+        except ImportError as error:
+            raise SystemExit(f"vfmk demo: {error}; it needs: pip install vfmk[demo]") from None
+        except (OSError, ValueError, FloatingPointError) as error:
             raise SystemExit(f"vfmk demo: {error}") from None
     console = Console()
     console.print(Markdown((output / "report.md").read_text()))

@@ -2,7 +2,7 @@
 
 import importlib.util
 import platform
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
 from rich.console import Console
@@ -16,8 +16,7 @@ def info() -> None:
     """Print versions, devices, and which backends each operator has here, or why not."""
     console = Console()
     for package in ("vfmk", "torch", "triton", "segment-anything"):
-        found = importlib.util.find_spec(package.replace("-", "_"))
-        console.print(f"{package:18}{version(package) if found else 'not installed'}")
+        console.print(f"{package:18}{_version(package)}")
     console.print(f"{'python':18}{platform.python_version()}, {platform.platform()}")
     console.print(f"{'CPU':18}{torch.get_num_threads()} threads")
     for index in range(torch.cuda.device_count()):
@@ -32,3 +31,12 @@ def info() -> None:
     for operator, reasons in backends.items():
         table.add_row(operator, *(reason or "[green]yes[/]" for reason in reasons.values()))
     console.print(table)
+
+
+def _version(package: str) -> str:
+    if importlib.util.find_spec(package.replace("-", "_")) is None:
+        return "not installed"
+    try:
+        return version(package)
+    except PackageNotFoundError:  # from a distribution of another name
+        return "installed"

@@ -12,7 +12,7 @@ from os import PathLike
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from vfmk.data.sample import Sample, deepest_point
 
@@ -63,7 +63,8 @@ def _load_sample(image_path: Path, mask_path: Path) -> Sample:
 def _read(path: Path, mode: str) -> np.ndarray:
     try:
         with Image.open(path) as file:
-            return np.array(file.convert(mode))
+            upright = ImageOps.exif_transpose(file)  # as the camera was held
+            return np.array(upright.convert(mode))
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"load_folder: {path} is unreadable: {error}") from error
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import numpy as np
+from PIL import Image
 from scipy import ndimage
 
 
@@ -13,6 +14,18 @@ class Sample:
     mask: np.ndarray  # bool [H, W]
     points: np.ndarray  # float32 [P, 2], (x, y) in pixels of `image`
     labels: np.ndarray  # int64 [P], 1 on the object, 0 off it
+
+    def shrunk(self, long_side: int) -> "Sample":
+        """The sample with its longer side at `long_side` pixels, if it is larger."""
+        height, width = self.mask.shape
+        ratio = long_side / max(height, width)
+        if ratio >= 1:
+            return self
+        size = (max(1, round(width * ratio)), max(1, round(height * ratio)))
+        image = Image.fromarray(self.image).resize(size, Image.Resampling.BOX)
+        mask = Image.fromarray(self.mask).resize(size, Image.Resampling.NEAREST)
+        points = self.points * (np.array(size) / (width, height)).astype(np.float32)
+        return Sample(self.id, np.asarray(image), np.asarray(mask), points, self.labels)
 
     @classmethod
     def with_deepest_point(cls, id: str, image: np.ndarray, mask: np.ndarray) -> "Sample":

@@ -30,7 +30,7 @@ def check_alike(operator: str, input: Tensor, **others: Tensor | None) -> None:
     for argument, other in others.items():
         if other is None:
             continue
-        if other.dtype != input.dtype and not _autocasts(input):
+        if other.dtype != input.dtype and not (_autocasts(input) and _autocasts(other)):
             raise TypeError(
                 f"{operator}: {argument} is {_name(other.dtype)}, input is {_name(input.dtype)}"
             )
@@ -65,7 +65,9 @@ def int_pair(operator: str, argument: str, value: Any, minimum: int) -> tuple[in
 
 
 def _autocasts(tensor: Tensor) -> bool:
-    return torch.is_autocast_enabled(tensor.device.type) and tensor.dtype != torch.float64
+    device = tensor.device.type
+    enabled = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return enabled and tensor.dtype != torch.float64
 
 
 def _name(dtype: torch.dtype) -> str:

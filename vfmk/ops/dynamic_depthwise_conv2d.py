@@ -23,8 +23,8 @@ def dynamic_depthwise_conv2d(
 ) -> Tensor:
     """Convolve channel c of sample b with the kernel weight[b, c], at stride 1.
 
-    Differentiable in input, weight and bias. Sums are fp32 (fp64 for float64 input), and the bits
-    are the same on each run. Works under autocast, torch.compile and torch.export.
+    Differentiable, once, in input, weight and bias. Sums are fp32 (fp64 for float64 input), and the
+    bits are the same on each run. Works under autocast, torch.compile and torch.export.
 
     Args:
         input: [B, C, H, W], float32, float16, bfloat16 or float64. Contiguous, channels-last, or a

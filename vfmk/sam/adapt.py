@@ -54,17 +54,21 @@ class AdaptedSam(nn.Module):
 
         self._required_grad = [p.requires_grad for p in sam.parameters()]
         sam.requires_grad_(False)
-        # What training must not touch: the base's own modules, while copies take their places.
+        # Training must not touch the base's own modules: copies take their places.
         self._base_modules = {name: sam.get_submodule(name) for name in config.modules_to_save}
-        for name, module in self._base_modules.items():
-            sam.set_submodule(name, copy.deepcopy(module).requires_grad_(True))
+        self._trained_modules = {
+            name: copy.deepcopy(module).requires_grad_(True)
+            for name, module in self._base_modules.items()
+        }
         block.insert_adapters(encoder, self.adapters)
+        self._unloaded = False
+        self._enable(True)
 
     @staticmethod
     def _check(sam: "Sam", config: VFMAdapterConfig) -> None:
         from segment_anything.modeling import Sam
 
-        from vfmk.sam.block import is_adapted
+        from vfmk.sam.block import is_adapted, is_known
 
         if not isinstance(sam, Sam):
             raise TypeError(
@@ -73,6 +77,11 @@ class AdaptedSam(nn.Module):
         if not isinstance(config, VFMAdapterConfig):
             raise TypeError(
                 f"get_adapted_model: config must be a VFMAdapterConfig, got {type(config).__name__}"
+            )
+        strangers = [i for i, b in enumerate(sam.image_encoder.blocks) if not is_known(b)]
+        if strangers:
+            raise ValueError(
+                f"get_adapted_model: blocks {strangers} are not segment_anything's own"
             )
         if is_adapted(sam.image_encoder):
             raise ValueError("get_adapted_model: sam is adapted already; unload() it first")
@@ -84,6 +93,11 @@ class AdaptedSam(nn.Module):
             )
         modules = dict(sam.named_modules())
         for name in config.modules_to_save:
+            inside = [other for other in config.modules_to_save if other.startswith(f"{name}.")]
+            if inside:
+                raise ValueError(
+                    f"get_adapted_model: modules_to_save has {inside[0]!r} inside {name!r}"
+                )
             if name not in modules:
                 raise ValueError(f"get_adapted_model: modules_to_save has {name!r}, sam does not")
             if f"{name}.".startswith("image_encoder.blocks.") or name == "image_encoder":
@@ -92,10 +106,13 @@ class AdaptedSam(nn.Module):
                 )
 
     def forward(
-        self, batched_input: Sequence[dict[str, Any]], multimask_output: bool = False
+        self,
+        batched_input: Sequence[dict[str, Any]],
+        multimask_output: bool = False,
+        return_masks: bool = True,
     ) -> list[dict[str, Tensor]]:
         """As `segment_anything.Sam.forward`, with gradients; see `vfmk.sam.forward.forward`."""
-        return forward(self.sam, batched_input, multimask_output)
+        return forward(self.sam, batched_input, multimask_output, return_masks)
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """How many parameters are trained, and how many there are."""
@@ -113,24 +130,23 @@ class AdaptedSam(nn.Module):
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """The base model, inside the block."""
-        from vfmk.sam import block
-
-        blocks = self.sam.image_encoder.blocks
-        trained = {name: self.sam.get_submodule(name) for name in self._base_modules}
-        block.enable_adapters(blocks, None)
-        self._place(self._base_modules)
+        self._refuse_unloaded("disable_adapter")
+        was_enabled = self._enabled
+        self._enable(False)
         try:
             yield
         finally:
-            self._place(trained)
-            block.enable_adapters(blocks, self.adapters)
+            if not self._unloaded:
+                self._enable(was_enabled)
 
     def unload(self) -> "Sam":
         """Take everything out and give the base back as it came. This object is of no use then."""
         from vfmk.sam import block
 
+        self._refuse_unloaded("unload")
+        self._enable(False)
         block.remove_adapters(self.sam.image_encoder)
-        self._place(self._base_modules)
+        self._unloaded = True
         for parameter, required_grad in zip(
             self.sam.parameters(), self._required_grad, strict=True
         ):
@@ -143,6 +159,7 @@ class AdaptedSam(nn.Module):
         They hold the adapters and `modules_to_save`, the configuration, the version of vfmk and a
         fingerprint of the base.
         """
+        self._refuse_unloaded("save_pretrained")
         with self.disable_adapter():
             base = adapter_file.fingerprint(self.sam.state_dict())
         adapter_file.save_adapter(directory, self.config, self._trained_tensors(), base)
@@ -163,6 +180,7 @@ class AdaptedSam(nn.Module):
                 missing, stray or misshapen tensors, by name. `sam` is then as it was.
         """
         config, tensors, trained_on = adapter_file.load_adapter(directory)
+        cls._check(sam, config)
         base = adapter_file.fingerprint(sam.state_dict())
         if base != trained_on:
             raise ValueError(
@@ -180,8 +198,8 @@ class AdaptedSam(nn.Module):
         return adapted
 
     def _trained_tensors(self) -> dict[str, Tensor]:
-        modules = {"adapters": self.adapters}
-        modules |= {f"modules.{name}": self.sam.get_submodule(name) for name in self._base_modules}
+        modules: dict[str, nn.Module] = {"adapters": self.adapters}
+        modules |= {f"modules.{name}": module for name, module in self._trained_modules.items()}
         return {
             f"{prefix}.{key}": tensor
             for prefix, module in modules.items()
@@ -202,6 +220,19 @@ class AdaptedSam(nn.Module):
         for name, tensor in own.items():
             tensor.copy_(tensors[name])
 
-    def _place(self, modules: Mapping[str, nn.Module]) -> None:
-        for name, module in modules.items():
+    def _enable(self, on: bool) -> None:
+        """Let the model compute as adapted, or as the base."""
+        from vfmk.sam import block
+
+        block.enable_adapters(self.sam.image_encoder.blocks, self.adapters if on else None)
+        for name, module in (self._trained_modules if on else self._base_modules).items():
+            # Whoever moved or cast the model has moved the module in place alone.
+            now = next(self.sam.get_submodule(name).parameters(), None)
+            if now is not None:
+                module.to(now.device, now.dtype)
             self.sam.set_submodule(name, module)
+        self._enabled = on
+
+    def _refuse_unloaded(self, method: str) -> None:
+        if self._unloaded:
+            raise ValueError(f"{method}: this adapted model was unloaded")

@@ -1,7 +1,8 @@
 """A saved adapter: a folder with adapter_model.safetensors and adapter_config.json.
 
 The weights file carries the configuration in its metadata, so that one rename replaces both and a
-save that is killed leaves the old adapter whole. adapter_config.json is its copy, to read.
+save that is killed leaves the old adapter or the new one, whole. adapter_config.json is a copy, to
+read; it may be the one before, if a save was killed between the two files, but nothing else.
 """
 
 import dataclasses
@@ -24,6 +25,8 @@ from vfmk.nn.config import VFMAdapterConfig
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 METADATA_KEY = "vfmk_adapter"
+REPLACES_KEY = "replaces"  # SHA-256 of the adapter_config.json that a save found
+ADAPTER_TYPE = "VFM_ADAPTER"
 
 
 def save_adapter(
@@ -37,7 +40,7 @@ def save_adapter(
     folder.mkdir(parents=True, exist_ok=True)
     document = json.dumps(
         {
-            "adapter_type": "VFM_ADAPTER",
+            "adapter_type": ADAPTER_TYPE,
             "vfmk_version": version("vfmk"),
             "base_fingerprint": base_fingerprint,
             "parameters": sum(tensor.numel() for tensor in tensors.values()),
@@ -46,7 +49,8 @@ def save_adapter(
         indent=2,
     )
     dense = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
-    write_whole(folder / WEIGHTS, save(dense, metadata={METADATA_KEY: document}))
+    metadata = {METADATA_KEY: document, REPLACES_KEY: _sha256(folder / CONFIG)}
+    write_whole(folder / WEIGHTS, save(dense, metadata=metadata))
     write_whole(folder / CONFIG, document.encode())
 
 
@@ -73,18 +77,20 @@ def load_adapter(
         ) from None
     if METADATA_KEY not in metadata:
         raise ValueError(f"load_adapter: {weights} is not an adapter saved by vfmk")
-    document = json.loads(metadata[METADATA_KEY])
-    if document != _read_json(readable):
+    document = _parsed(weights, metadata[METADATA_KEY])
+    is_copy = document == _parsed(readable, readable.read_bytes())
+    if not is_copy and metadata.get(REPLACES_KEY) != _sha256(readable):
         raise ValueError(
-            f"load_adapter: {readable} does not go with {weights}: it was edited, or a save of"
-            f' another adapter was cut; the metadata "{METADATA_KEY}" of the weights file is right'
+            f"load_adapter: {readable} was edited, or is of another adapter than {weights}"
         )
     try:
         config = VFMAdapterConfig(**document["config"])
-    except TypeError as error:
-        written_by = document["vfmk_version"]
-        raise ValueError(f"load_adapter: {weights} is of vfmk {written_by}: {error}") from None
-    return config, tensors, document["base_fingerprint"]
+        return config, tensors, document["base_fingerprint"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"load_adapter: {weights}, of vfmk {document.get('vfmk_version')}, has no configuration"
+            f" that this version reads: {error!r}"
+        ) from None
 
 
 def fingerprint(state_dict: Mapping[str, Tensor]) -> str:
@@ -101,8 +107,16 @@ def fingerprint(state_dict: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _read_json(path: Path) -> Any:
+def _parsed(path: Path, text: str | bytes) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
+        document = json.loads(text)
     except ValueError as error:
         raise ValueError(f"load_adapter: {path} is cut or no JSON: {error}") from None
+    if not isinstance(document, dict) or document.get("adapter_type") != ADAPTER_TYPE:
+        raise ValueError(f"load_adapter: {path} is not an adapter saved by vfmk")
+    return document
+
+
+def _sha256(path: Path) -> str:
+    """Of the file's bytes; empty where there is no file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""

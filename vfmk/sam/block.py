@@ -67,3 +67,8 @@ def remove_adapters(encoder: ImageEncoderViT) -> None:
 
 def is_adapted(encoder: ImageEncoderViT) -> bool:
     return any(isinstance(block, AdaptedBlock) for block in encoder.blocks)
+
+
+def is_known(block: Block) -> bool:
+    """Whether the block computes as SAM's own does; a subclass may not."""
+    return type(block) in (Block, AdaptedBlock)

@@ -1,5 +1,6 @@
 """Fine-tuning an adapted SAM for promptable segmentation."""
 
+import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -23,8 +24,8 @@ def finetune(
 ) -> Iterator[float]:
     """Train what has gradients; yields the loss of every step, and leaves eval mode behind.
 
-    AdamW with a one-cycle learning rate (its peak `learning_rate`); each sample's own prompt, its
-    single-mask output, half of the images mirrored.
+    AdamW; the learning rate rises over a tenth of the steps and falls by a cosine. Each sample's
+    own prompt, its single-mask output, half of the images mirrored.
 
     Raises:
         ValueError: nothing to train, or no samples.
@@ -35,7 +36,7 @@ def finetune(
         missing = "parameters that require grad" if samples else "samples"
         raise ValueError(f"finetune: there are no {missing}")
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, steps, pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
     rng = np.random.default_rng(seed)
     torch.manual_seed(seed)  # of dropout
     adapted.train()
@@ -59,9 +60,17 @@ def finetune(
         adapted.eval()
 
 
+def _rate(step: int, steps: int) -> float:
+    """Share of the learning rate at a step, counted from 0."""
+    warm_up = max(1, steps // 10)
+    return min((step + 1) / warm_up, 0.5 * (1 + math.cos(math.pi * step / steps)))
+
+
 def _loss(adapted: AdaptedSam, batch: Sequence[Sample]) -> torch.Tensor:
     records = [to_record(adapted.sam, sample) for sample in batch]
-    logits = torch.cat([output["low_res_logits"] for output in adapted(records)])  # [B, 1, h, w]
+    logits = torch.cat(
+        [output["low_res_logits"] for output in adapted(records, return_masks=False)]
+    )  # [B, 1, h, w]
     targets = [
         to_target(adapted.sam, sample, record, logits.shape[-2:])
         for sample, record in zip(batch, records, strict=True)
