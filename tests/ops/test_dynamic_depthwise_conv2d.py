@@ -134,8 +134,13 @@ def test_nan_and_infinity_reach_the_output(device):
     input[0, 0, 3, 3], input[0, 1, 3, 3] = float("nan"), float("inf")
     output = vfmk.ops.dynamic_depthwise_conv2d(input, weight, bias)
     expected = vfmk.reference.dynamic_depthwise_conv2d(input, weight, bias)
-    assert torch.equal(output.isnan(), expected.isnan())
-    assert torch.equal(output.isinf(), expected.isinf())
+    assert not output[~expected.isfinite()].isfinite().any()
+    if device == "cpu":
+        assert torch.equal(output.isnan(), expected.isnan())
+        assert torch.equal(output.isinf(), expected.isinf())
+    else:  # on tensor cores they reach 8 columns further, as the operator says
+        assert output[:, :, :, 3 + 1 + 8 + 1 :].isfinite().all()
+        assert output[:, 2:].isfinite().all()
 
 
 @pytest.mark.parametrize("size", [(0, 4, 5, 6), (2, 0, 5, 6), (2, 4, 0, 6), (2, 4, 5, 0)])
