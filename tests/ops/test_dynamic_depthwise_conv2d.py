@@ -176,16 +176,8 @@ def test_same_bits_on_each_run(device, layout, kernel_size):
 
 
 def test_same_bits_for_any_number_of_threads():
-    args = arguments((2, 20, 33, 40), (5, 5))
-    threads = torch.get_num_threads()
     with operator_checks.target(NAME, "cpu"):
-        several = operator_checks.value_and_gradients(call(), args)
-        torch.set_num_threads(1)
-        try:
-            alone = operator_checks.value_and_gradients(call(), args)
-        finally:
-            torch.set_num_threads(threads)
-    assert all(torch.equal(a, b) for a, b in zip(several, alone, strict=True))
+        operator_checks.check_threads(call(), arguments((2, 20, 33, 40), (5, 5)))
 
 
 def test_expanded_gradient(device):
@@ -226,7 +218,8 @@ def test_opcheck(device):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_compile(device, layout):
-    operator_checks.check_compile(call(), arguments(*SMALL, device=device, layout=layout))
+    args = arguments(*SMALL, device=device, layout=layout)
+    operator_checks.check_compile(call(), args, batched=3)
 
 
 def test_export(device):

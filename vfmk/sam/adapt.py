@@ -115,15 +115,15 @@ class AdaptedSam(nn.Module):
         """The base model, inside the block."""
         from vfmk.sam import block
 
-        blocks = self.sam.image_encoder.blocks
+        encoder = self.sam.image_encoder
         trained = {name: self.sam.get_submodule(name) for name in self._base_modules}
-        block.enable_adapters(blocks, None)
+        block.enable_adapters(encoder, None)
         self._place(self._base_modules)
         try:
             yield
         finally:
             self._place(trained)
-            block.enable_adapters(blocks, self.adapters)
+            block.enable_adapters(encoder, self.adapters)
 
     def unload(self) -> "Sam":
         """Take everything out and give the base back as it came. This object is of no use then."""
