@@ -8,7 +8,7 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,9 +27,9 @@ Function = Callable[..., Tensor]
 class Case:
     """What is measured: contenders[0] is ours.
 
-    `inputs()` makes fresh arguments; `differentiable` says which of them get gradients. `bytes` and
-    `flop` are what one call must at least move and compute; `tolerance` bounds each contender's
-    relative error against `reference` in float64.
+    `inputs()` makes fresh arguments, all of which get gradients. `bytes` and `flop` are what one
+    call must at least move and compute; `tolerance` bounds each contender's relative error against
+    `reference` in float64. `floors` are timed too, but compute something less.
     """
 
     contenders: dict[str, Function]
@@ -39,6 +39,7 @@ class Case:
     bytes: int
     flop: int
     tolerance: float
+    floors: dict[str, Function] = field(default_factory=dict)
 
 
 def measure(benchmark: Any, case: Case, rounds: int = ROUNDS) -> None:
@@ -53,7 +54,8 @@ def measure(benchmark: Any, case: Case, rounds: int = ROUNDS) -> None:
     for name, function in case.contenders.items():
         _check(name, function, case, first)
     calls = {
-        name: _calls(function, case.direction, inputs) for name, function in case.contenders.items()
+        name: _calls(function, case.direction, inputs)
+        for name, function in (case.contenders | case.floors).items()
     }
     calls["copy"] = _copies(case.bytes, device)
     turns = {name: _Turn(call, device) for name, call in calls.items()}

@@ -9,9 +9,9 @@
 
 #include <cstdint>
 
-namespace vfmk::dynamic_depthwise_conv2d {
+#include "dtype.h"
 
-enum class DType : int32_t { float32, float16, bfloat16 };
+namespace vfmk::dynamic_depthwise_conv2d {
 
 struct Strides {  // in elements
   int64_t batch, channel, row, column;

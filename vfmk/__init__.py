@@ -5,6 +5,7 @@ from importlib.metadata import version
 from vfmk import ops, reference
 from vfmk._backends import BackendError, backends, use_backend
 from vfmk.nn.config import VFMAdapterConfig
+from vfmk.sam.accelerate import accelerate, restore
 from vfmk.sam.adapt import AdaptedSam, get_adapted_model
 from vfmk.sam.load import load_sam
 
@@ -13,10 +14,12 @@ __all__ = [
     "AdaptedSam",
     "BackendError",
     "VFMAdapterConfig",
+    "accelerate",
     "backends",
     "get_adapted_model",
     "load_sam",
     "ops",
     "reference",
+    "restore",
     "use_backend",
 ]

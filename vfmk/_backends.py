@@ -187,6 +187,19 @@ def module(name: str, not_supported: Callable[..., str]) -> Implementation:
 
     def load() -> dict[str, Callable[..., Any]]:
         implementation = importlib.import_module(name)
-        return {"forward": implementation.forward, "backward": implementation.backward}
+        return {
+            "forward": _without_autocast(implementation.forward),
+            "backward": _without_autocast(implementation.backward),
+        }
 
     return Implementation(not_supported, load)
+
+
+def _without_autocast(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """The operator has cast its arguments; inside, sums in fp32 must stay in fp32."""
+
+    def run(*args: Any) -> Any:
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            return kernel(*args)
+
+    return run

@@ -135,11 +135,70 @@ inline Vec in_register(Vec value) {
 
 inline Vec masked(Vec value, Lane mask) { return (Vec)((Lane)value & mask); }
 
+// A difference, since -0 + 0 is not -0: the addition would have to be made.
+inline Vec broadcast(float value) { return value - Vec{}; }
+
+// b where one of them is NaN, as the instruction has it.
+inline Vec maximum(Vec a, Vec b) { return a > b ? a : b; }
+
 inline float sum_of_lanes(Vec value) {
   for (int step = LANES / 2; step > 0; step /= 2) {
     value += __builtin_shuffle(value, lane_index() ^ step);
   }
   return value[0];
+}
+
+// 2^x for x below 127.5, within a relative error of 1e-7. Exactly 0 from about -126.5 downwards.
+inline Vec exp2(Vec x) {
+  // The last place of numbers near 1.5 * 2^23 is 1; the 127 is the exponent bias.
+  const float rounding = 0x1.8p23f + 127;
+  x = maximum(broadcast(-127), x);
+  const Vec shifted = x + rounding;
+  const Vec power = (Vec)((Bits)shifted << 23);
+  const Vec r = x - (shifted - rounding);
+  // Minimax on [-1/2, 1/2]: relative error 2e-9, and 2^0 is 1.
+  Vec sum = r * 1.53533632e-4f + 1.33988749e-3f;
+  sum = sum * r + 9.61843736e-3f;
+  sum = sum * r + 5.55033247e-2f;
+  sum = sum * r + 2.40226479e-1f;
+  sum = sum * r + 6.93147203e-1f;
+  sum = sum * r + 1.0f;
+  return sum * power;
+}
+
+// Two rows of a square, `step` apart: in blocks of `step` lanes, low takes the first and high the
+// second block of each pair, from a and from b in turn.
+inline void interleave(Vec a, Vec b, int step, Vec& low, Vec& high) {
+  const Lane lane = lane_index();
+  const Lane odd = (lane & step) != 0;
+  low = __builtin_shuffle(a, b, odd ? lane - step + LANES : lane);
+  high = __builtin_shuffle(a, b, odd ? lane + LANES : lane + step);
+}
+
+// rows[i][j] and rows[j][i] change places.
+inline void transpose(Vec (&rows)[LANES]) {
+#pragma GCC unroll 4
+  for (int step = 1; step < LANES; step *= 2) {
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; ++i) {
+      if ((i & step) == 0) interleave(rows[i], rows[i + step], step, rows[i], rows[i + step]);
+    }
+  }
+}
+
+// Lane i of the result combines all lanes of rows[i], which are lost.
+template <typename Combine>
+inline Vec combine_lanes(Vec (&rows)[LANES], const Combine& combine) {
+#pragma GCC unroll 4
+  for (int step = 1; step < LANES; step *= 2) {
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; i += 2 * step) {
+      Vec low, high;
+      interleave(rows[i], rows[i + step], step, low, high);
+      rows[i] = combine(low, high);
+    }
+  }
+  return rows[0];
 }
 
 }  // namespace

@@ -227,7 +227,8 @@ def test_opcheck(device, layout):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_compile(device, layout):
-    operator_checks.check_compile(call(), arguments(*SMALL, device=device, layout=layout))
+    args = arguments(*SMALL, device=device, layout=layout)
+    operator_checks.check_compile(call(), args, batched=3)
 
 
 def test_export(device):

@@ -25,18 +25,20 @@ def check_tensor(operator: str, argument: str, value: Any, shape: str) -> None:
         )
 
 
-def check_alike(operator: str, input: Tensor, **others: Tensor | None) -> None:
-    """Every tensor in `others` has the dtype and the device of `input`."""
+def check_alike(
+    operator: str, input: Tensor, *, first: str = "input", **others: Tensor | None
+) -> None:
+    """Every tensor in `others` has the dtype and the device of `input`, the argument `first`."""
     for argument, other in others.items():
         if other is None:
             continue
         if other.dtype != input.dtype and not (_autocasts(input) and _autocasts(other)):
             raise TypeError(
-                f"{operator}: {argument} is {_name(other.dtype)}, input is {_name(input.dtype)}"
+                f"{operator}: {argument} is {_name(other.dtype)}, {first} is {_name(input.dtype)}"
             )
         if other.device != input.device:
             raise ValueError(
-                f"{operator}: {argument} is on {other.device}, input is on {input.device}"
+                f"{operator}: {argument} is on {other.device}, {first} is on {input.device}"
             )
 
 

@@ -224,7 +224,7 @@ class AdaptedSam(nn.Module):
         """Let the model compute as adapted, or as the base."""
         from vfmk.sam import block
 
-        block.enable_adapters(self.sam.image_encoder.blocks, self.adapters if on else None)
+        block.enable_adapters(self.sam.image_encoder, self.adapters if on else None)
         for name, module in (self._trained_modules if on else self._base_modules).items():
             # Whoever moved or cast the model has moved the module in place alone.
             now = next(self.sam.get_submodule(name).parameters(), None)

@@ -64,7 +64,7 @@ def run_demo(
     """
     output.mkdir(parents=True, exist_ok=True)
     train, held_out = _samples(data, seed)
-    sam = vfmk.load_sam("tiny")
+    sam = vfmk.accelerate(vfmk.load_sam("tiny"))
     progress("measuring the frozen model", 0, 1)
     before = [predict_logits(sam, sample) > 0 for sample in held_out]
     controls = controlled_score(sam, train, held_out)
@@ -80,7 +80,9 @@ def run_demo(
     progress("measuring the adapted model", 0, 1)
     after = [predict_logits(adapted.sam, sample) > 0 for sample in held_out]
     adapted.save_pretrained(output / "adapter")
-    fresh = vfmk.AdaptedSam.from_pretrained(vfmk.load_sam("tiny"), output / "adapter")
+    fresh = vfmk.AdaptedSam.from_pretrained(
+        vfmk.accelerate(vfmk.load_sam("tiny")), output / "adapter"
+    )
     reloaded = [predict_logits(fresh.sam, sample) > 0 for sample in held_out]
     if not all(np.array_equal(a, b) for a, b in zip(after, reloaded, strict=True)):
         raise RuntimeError("run_demo: the saved adapter does not give the masks of the trained one")

@@ -1,0 +1,67 @@
+"""SAM's encoder on the fused attention operators, in place, and back."""
+
+from typing import TYPE_CHECKING, TypeVar
+
+from torch import nn
+
+from vfmk.sam.adapt import AdaptedSam
+
+if TYPE_CHECKING:
+    from segment_anything.modeling import ImageEncoderViT
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def accelerate(model: Model) -> Model:
+    """Let every block of the image encoder attend through vfmk's operators.
+
+    Works in place on a `segment_anything` Sam or ImageEncoderViT, or an AdaptedSam, and returns it.
+    Weights, state-dict keys, dtype, device, mode, hooks and wrapped layers (LoRA on `qkv`) stay.
+    Windows are no longer cut out, padded and merged, and no N×N matrix is stored, forward or
+    backward. The encoder then takes images of any size that its patches divide: position
+    embeddings are interpolated (bicubic), relative positions too (linear, as SAM does).
+
+    Raises:
+        TypeError: `model` is none of these.
+        ValueError: it is accelerated already, or has attention without relative position.
+    """
+    from vfmk.sam import block
+
+    encoder = _encoder_of("accelerate", model)
+    if block.is_fused(encoder):
+        raise ValueError("accelerate: the model is accelerated already")
+    without = [i for i, b in enumerate(encoder.blocks) if not b.attn.use_rel_pos]
+    if without:
+        raise ValueError(f"accelerate: blocks {without} have no relative position")
+    block.fuse_attention(encoder)
+    return model
+
+
+def restore(model: Model) -> Model:
+    """Undo `accelerate`, in place; the outputs are then what they were, bit for bit.
+
+    Raises:
+        TypeError: as `accelerate`.
+        ValueError: the model is not accelerated.
+    """
+    from vfmk.sam import block
+
+    encoder = _encoder_of("restore", model)
+    if not block.is_fused(encoder):
+        raise ValueError("restore: the model is not accelerated")
+    block.unfuse_attention(encoder)
+    return model
+
+
+def _encoder_of(operator: str, model: nn.Module) -> "ImageEncoderViT":
+    from segment_anything.modeling import ImageEncoderViT, Sam
+
+    if isinstance(model, AdaptedSam):
+        model = model.sam
+    encoder = model.image_encoder if isinstance(model, Sam) else model
+    if not isinstance(encoder, ImageEncoderViT):
+        raise TypeError(
+            f"{operator}: model must be a Sam, an ImageEncoderViT or an AdaptedSam,"
+            f" got {type(model).__name__}"
+        )
+    return encoder
