@@ -27,7 +27,7 @@ Kernel sides above 7 and dilated kernels take a plain path (`*_tiles`): one shif
 tap, in loops that are not unrolled.
 """
 
-# ruff: noqa: RUF005 (Triton has no unpacking inside a tuple)
+
 import functools
 import math
 from collections.abc import Sequence

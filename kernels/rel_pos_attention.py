@@ -316,7 +316,9 @@ def _backward_prepare(
     relative += _first(relative_strides, batch, 0, 0, head)
     offsets = y.to(tl.int64) * relative_strides[1] + x.to(tl.int64) * relative_strides[2]
     above = relative + (offsets + (window_height - 1 - y % window_height))[None, :]
-    beside = relative + (offsets + (2 * window_height - 2 + window_width - x % window_width))[None, :]
+    beside = (
+        relative + (offsets + (2 * window_height - 2 + window_width - x % window_width))[None, :]
+    )
     height_terms += plane * window_height * tokens
     for first in range(0, window_height, BLOCK_POSITIONS):
         i = (first + tl.arange(0, BLOCK_POSITIONS))[:, None]

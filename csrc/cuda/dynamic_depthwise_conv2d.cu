@@ -66,7 +66,8 @@ __host__ __device__ constexpr int lead(int kernel) { return kMargin / 2 - kernel
 
 struct Tiling {
   int rows, columns, channels;  // of a tile: multiples of kStep, and a power of two
-  int tiles_down, tiles_across, channel_groups;
+  int run;                      // tiles, one below the other, that one block does in turn
+  int runs_down, tiles_across, channel_groups;
 };
 
 struct Bounds {  // of the positions that the tiles cover
@@ -76,7 +77,7 @@ struct Bounds {  // of the positions that the tiles cover
 // Of a block's shared memory, in bytes from its beginning.
 struct SharedLayout {
   int channel_bits, slice_bits, row_slice_bits;  // 1 << of channels, and of warps that share one
-  int centre, weight, partials, bias, end;
+  int centre, weight, partials, bias, origin, end;
 };
 
 struct Arguments {
@@ -189,10 +190,10 @@ __device__ void correlate(const Planes<T>& window, const Planes<T>& centre, int 
 }
 
 // gradient[rotated i,j] = sum over y,x of centre[y,x] * window[y+i, lead+x+j], and the bias's at
-// K * K. All lanes of the warp take part.
+// K * K; added to what stands there if `add`. All lanes of the warp take part.
 template <int K, typename T>
 __device__ void correlate_weight(const Planes<T>& window, const Planes<T>& centre, int channel,
-                                 const Share& share, bool want_weight, bool want_bias,
+                                 const Share& share, bool want_weight, bool want_bias, bool add,
                                  float* gradient) {
   const int lane = threadIdx.x % 32, group = lane / 4, pair = lane % 4 * 2;
   const int row_bytes = window.pitch * sizeof(T), odd_bytes = window.rows / 2 * row_bytes;
@@ -245,8 +246,11 @@ __device__ void correlate_weight(const Planes<T>& window, const Planes<T>& centr
   const int j = group - lead(K);
   if (pair != 0 || j < 0 || j >= K) return;
 #pragma unroll
-  for (int i = 0; i < K; ++i) gradient[K * K - 1 - (i * K + j)] = diagonal[i];
-  if (j == K / 2) gradient[K * K] = diagonal[K];
+  for (int i = 0; i < K; ++i) {
+    float& entry = gradient[K * K - 1 - (i * K + j)];
+    entry = (add ? entry : 0.0f) + diagonal[i];
+  }
+  if (j == K / 2) gradient[K * K] = (add ? gradient[K * K] : 0.0f) + diagonal[K];
 }
 
 constexpr int kCell = 4;  // fp32: rows and columns of a thread's share
@@ -304,7 +308,7 @@ __device__ void correlate(const Planes<float>& window, const Planes<float>& cent
 template <int K>
 __device__ void correlate_weight(const Planes<float>& window, const Planes<float>& centre,
                                  int channel, const Share& share, bool want_weight, bool want_bias,
-                                 float* gradient) {
+                                 bool add, float* gradient) {
   const int across = (share.columns + kCell - 1) / kCell;
   const int cells = (share.rows + kCell - 1) / kCell * across;
   const int odd_window = window.rows / 2, odd_centre = centre.rows / 2;
@@ -344,7 +348,8 @@ __device__ void correlate_weight(const Planes<float>& window, const Planes<float
     float sum = n == K * K ? bias_sum : sums[n / K][n % K];
 #pragma unroll
     for (int lanes = 16; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(~0u, sum, lanes);
-    if (threadIdx.x % 32 == 0) gradient[n == K * K ? n : K * K - 1 - n] = sum;
+    float& entry = gradient[n == K * K ? n : K * K - 1 - n];
+    if (threadIdx.x % 32 == 0) entry = (add ? entry : 0.0f) + sum;
   }
 }
 
@@ -360,12 +365,43 @@ __device__ void write_gradient(const Arguments& arguments, int64_t plane, int ta
   }
 }
 
+// Where a block begins. Neighbouring blocks share halos, or the other channels of the same pixels.
+struct Origin {
+  int tile, sample, channel, channels, row, column;
+};
+
+template <bool kChannelsLast>
+__device__ Origin origin_of(const Arguments& arguments, int rows, int columns, uint32_t block) {
+  uint32_t tile, group, sample = block;
+  if constexpr (kChannelsLast) {
+    group = sample, sample = arguments.groups.divide(group);
+    tile = sample, sample = arguments.tiles.divide(tile);
+  } else {
+    tile = sample, sample = arguments.tiles.divide(tile);
+    group = sample, sample = arguments.groups.divide(group);
+  }
+  uint32_t across = tile;
+  const int down = arguments.tiles_across.divide(across);
+  const int channel = group * arguments.tiling.channels;
+  return {static_cast<int>(tile),
+          static_cast<int>(sample),
+          channel,
+          min(arguments.tiling.channels, static_cast<int>(arguments.problem.channels) - channel),
+          arguments.bounds.top + down * rows * arguments.tiling.run,
+          arguments.bounds.left + static_cast<int>(across) * columns};
+}
+
+// The first plane of a block's, in what samples share or not.
+__device__ inline int64_t plane_of(const Origin& origin, const Problem& problem, bool shared) {
+  return (shared ? 0 : origin.sample * problem.channels) + origin.channel;
+}
+
 // Blocks of one multiprocessor that the registers must leave room for.
-template <typename T, bool kBackward>
-constexpr int kResident = sizeof(T) == 4 || kBackward ? 4 : 5;
+template <typename T, bool kBackward, bool kChannelsLast>
+constexpr int kResident = sizeof(T) == 4 || kBackward || kChannelsLast ? 4 : 5;
 
 template <typename T, int K, bool kBackward, bool kChannelsLast>
-__global__ __launch_bounds__(kThreads, (kResident<T, kBackward>)) void tile_kernel(
+__global__ __launch_bounds__(kThreads, (kResident<T, kBackward, kChannelsLast>)) void tile_kernel(
     const __grid_constant__ Arguments arguments) {
   constexpr int kTaps = K * K;
   VFMK_DYNAMIC_SHARED(uint4, shared);
@@ -373,7 +409,6 @@ __global__ __launch_bounds__(kThreads, (kResident<T, kBackward>)) void tile_kern
   const Problem& problem = arguments.problem;
   const Tiling& tiling = arguments.tiling;
   const SharedLayout& layout = arguments.layout;
-  const int channels = static_cast<int>(problem.channels);
   const int rows = kChannelsLast ? kRowsChannelsLast : tiling.rows;
   const int columns = kChannelsLast ? kColumnsChannelsLast : tiling.columns;
   const int pitch = columns + kMargin, padding = kChannelsLast ? kPadding<T> : 0;
@@ -385,42 +420,22 @@ __global__ __launch_bounds__(kThreads, (kResident<T, kBackward>)) void tile_kern
   T* const weight = reinterpret_cast<T*>(memory + layout.weight);
   T* const bias = reinterpret_cast<T*>(memory + layout.bias);
 
-  // Neighbouring blocks share halos, or the other channels of the same pixels.
-  uint32_t tile, group, sample = blockIdx.x;
-  if constexpr (kChannelsLast) {
-    group = sample, sample = arguments.groups.divide(group);
-    tile = sample, sample = arguments.tiles.divide(tile);
-  } else {
-    tile = sample, sample = arguments.tiles.divide(tile);
-    group = sample, sample = arguments.groups.divide(group);
-  }
-  uint32_t across = tile;
-  const int y = arguments.bounds.top + arguments.tiles_across.divide(across) * rows;
-  const int x = arguments.bounds.left + across * columns;
-  Place place;
-  place.sample = sample;
-  place.first_channel = group * tiling.channels;
-  place.channel_bits = layout.channel_bits;
-  place.channels = min(tiling.channels, channels - static_cast<int>(place.first_channel));
-  const int64_t plane = place.sample * channels + place.first_channel;
+  // In shared memory, where it takes no registers.
+  Origin& origin = *reinterpret_cast<Origin*>(memory + layout.origin);
+  if (threadIdx.x == 0) origin = origin_of<kChannelsLast>(arguments, rows, columns, blockIdx.x);
+  __syncthreads();
 
-  place.row = y + arguments.offset_y, place.column = x + arguments.offset_x - lead(K);
-  load_planes<kChannelsLast, kCopyWidth, kThreads>(window, arguments.window, place, lead(K));
-  place.row = y, place.column = x;
-  if constexpr (kBackward) {
-    load_planes<kChannelsLast, kVector<T>, kThreads>(centre, arguments.centre, place, 0);
-  }
   if (arguments.result.data) {
     constexpr int kRow = tap_row(K, sizeof(T)), kFirst = first_tap(K, sizeof(T));
     const T* source = static_cast<const T*>(arguments.weight) +
-                      (problem.shared_weight ? place.first_channel : plane) * kTaps;
+                      plane_of(origin, problem, problem.shared_weight) * kTaps;
 #pragma unroll 1
-    for (int n = threadIdx.x; n <= place.channels * K; n += kThreads) {
+    for (int n = threadIdx.x; n <= origin.channels * K; n += kThreads) {
       if constexpr (kRow > K) {
         uint4* zeros = reinterpret_cast<uint4*>(weight + n * kRow);
         zeros[0] = zeros[1] = make_uint4(0, 0, 0, 0);
       }
-      if (n == place.channels * K) break;
+      if (n == origin.channels * K) break;
       const int kernel = n / K * kTaps, tap = n % K * K;
 #pragma unroll
       for (int j = 0; j < K; ++j) {
@@ -429,45 +444,74 @@ __global__ __launch_bounds__(kThreads, (kResident<T, kBackward>)) void tile_kern
       }
     }
   }
-  if (arguments.bias && static_cast<int>(threadIdx.x) < place.channels) {
+  if (arguments.bias && static_cast<int>(threadIdx.x) < origin.channels) {
     bias[threadIdx.x] = static_cast<const T*>(
-        arguments.bias)[(problem.shared_bias ? place.first_channel : plane) + threadIdx.x];
+        arguments.bias)[plane_of(origin, problem, problem.shared_bias) + threadIdx.x];
   }
-  wait_for_copies();
-  __syncthreads();
 
-  const int warp = threadIdx.x / 32, slices = 1 << layout.slice_bits;
-  const Share share{warp & (slices - 1), layout.slice_bits, layout.row_slice_bits,
-                    min(rows, arguments.bounds.bottom - y),
-                    min(columns, arguments.bounds.right - x)};
+  // A channels-last tile has at least a channel vector's worth of planes: one warp for each.
+  static_assert(kVector<T> >= kWarps);
+  const int slice_bits = kChannelsLast ? 0 : layout.slice_bits;
+  const int row_slice_bits = kChannelsLast ? 0 : layout.row_slice_bits;
+  const int warp = threadIdx.x / 32, slices = 1 << slice_bits;
 #pragma unroll 1
-  for (int channel = warp >> layout.slice_bits; channel < place.channels;
-       channel += kWarps >> layout.slice_bits) {
+  for (int step = 0; step < tiling.run; ++step) {
+    const int y = origin.row + step * rows;
+    if (y >= arguments.bounds.bottom) break;
+    if (step > 0) __syncthreads();  // all of the tile before is stored
+    Place place{origin.sample, origin.channel, origin.channels, layout.channel_bits};
+    place.row = y + arguments.offset_y;
+    place.column = origin.column + arguments.offset_x - lead(K);
+    load_planes<kChannelsLast, kCopyWidth, kThreads>(window, arguments.window, place, lead(K));
+    place.row = y, place.column = origin.column;
     if constexpr (kBackward) {
-      correlate_weight<K>(window, centre, channel, share, arguments.grad_weight,
-                          arguments.grad_bias,
-                          partials + (share.slice * tiling.channels + channel) * (kTaps + 1));
-      if (!arguments.result.data) continue;
+      load_planes<kChannelsLast, kVector<T>, kThreads>(centre, arguments.centre, place, 0);
+    }
+    wait_for_copies();
+    __syncthreads();
+
+    const Share share{warp & (slices - 1), slice_bits, row_slice_bits,
+                      min(rows, arguments.bounds.bottom - y),
+                      min(columns, arguments.bounds.right - origin.column)};
+    const int first = warp >> slice_bits, every = kWarps >> slice_bits;
+    if constexpr (kBackward) {
+#pragma unroll 1
+      for (int channel = first; channel < origin.channels; channel += every) {
+        correlate_weight<K>(window, centre, channel, share, arguments.grad_weight,
+                            arguments.grad_bias, step > 0,
+                            partials + (share.slice * tiling.channels + channel) * (kTaps + 1));
+      }
       __syncwarp();  // the warp is done with its part of the centre, which it now overwrites
     }
-    correlate<K>(window, centre, channel, share, weight + channel * K * tap_row(K, sizeof(T)),
-                 arguments.bias ? to_float(bias[channel]) : 0.0f);
-  }
-  __syncthreads();
-
-  if (arguments.result.data) store_planes<kChannelsLast, kThreads>(centre, arguments.result, place);
-  if constexpr (kBackward) {
-    const int64_t planes = problem.batch * channels;
-    float* const workspace = arguments.workspace + (tile * planes + plane) * (kTaps + 1);
+    if (arguments.result.data) {
 #pragma unroll 1
-    for (int n = threadIdx.x; n < place.channels * (kTaps + 1); n += kThreads) {
+      for (int channel = first; channel < origin.channels; channel += every) {
+        correlate<K>(window, centre, channel, share, weight + channel * K * tap_row(K, sizeof(T)),
+                     arguments.bias ? to_float(bias[channel]) : 0.0f);
+      }
+    }
+    __syncthreads();
+
+    if (arguments.result.data) {
+      store_planes<kChannelsLast, kThreads>(
+          centre, arguments.result,
+          {origin.sample, origin.channel, origin.channels, layout.channel_bits,
+           origin.row + step * rows, origin.column});
+    }
+  }
+
+  if constexpr (kBackward) {
+    const int64_t plane = plane_of(origin, problem, false);
+    const int64_t first = origin.tile * problem.batch * problem.channels + plane;
+#pragma unroll 1
+    for (int n = threadIdx.x; n < origin.channels * (kTaps + 1); n += kThreads) {
       float sum = 0.0f;
 #pragma unroll 1
       for (int slice = 0; slice < slices; ++slice) {
         sum += partials[slice * tiling.channels * (kTaps + 1) + n];
       }
       if (arguments.workspace) {
-        workspace[n] = sum;
+        arguments.workspace[first * (kTaps + 1) + n] = sum;
       } else {
         write_gradient<T>(arguments, plane + n / (kTaps + 1), kTaps, n % (kTaps + 1), sum);
       }
@@ -480,7 +524,7 @@ template <typename T>
 __global__ __launch_bounds__(kThreads) void sum_kernel(
     const __grid_constant__ Arguments arguments) {
   const Problem& problem = arguments.problem;
-  const int tiles = arguments.tiling.tiles_down * arguments.tiling.tiles_across;
+  const int tiles = arguments.tiling.runs_down * arguments.tiling.tiles_across;
   const int taps = problem.kernel_height * problem.kernel_width;
   const int64_t entries = problem.channels * (taps + 1);
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
@@ -599,7 +643,7 @@ int ceil_div(int value, int divisor) { return (value + divisor - 1) / divisor; }
 int element_size(const Problem& problem) { return problem.dtype == DType::float32 ? 4 : 2; }
 
 int64_t tiles(const Tiling& tiling) {
-  return static_cast<int64_t>(tiling.tiles_down) * tiling.tiles_across;
+  return static_cast<int64_t>(tiling.runs_down) * tiling.tiles_across;
 }
 
 bool tiled(const Problem& problem) {
@@ -626,15 +670,17 @@ SharedLayout layout_of(const Tiling& tiling, const Problem& problem) {
   layout.partials = layout.weight + (tiling.channels * kernel + 1) * tap_row(kernel, size) * size;
   layout.bias = layout.partials +
                 (tiling.channels << layout.slice_bits) * (kernel * kernel + 1) * int{sizeof(float)};
-  layout.end = layout.bias + tiling.channels * size;
+  layout.origin = (layout.bias + tiling.channels * size + 3) / 4 * 4;
+  layout.end = layout.origin + int{sizeof(Origin)};
   return layout;
 }
 
 Tiling choose_tiling(const Problem& problem, const Bounds& bounds) {
   // So that a multiprocessor of 228 KB holds six blocks, or four of the channels-last ones.
   constexpr int kSharedBytes = 37 * 1024, kSharedBytesChannelsLast = 56 * 1024;
-  constexpr int kEnoughBlocks = 528;  // four for each of an H200's multiprocessors
-  constexpr int kSectorBytes = 32;    // of channels that a channels-last tile reads of a pixel
+  const int enough_blocks = 4 * multiprocessors();
+  constexpr int kLongestRun = 8;
+  constexpr int kSectorBytes = 32;  // of channels that a channels-last tile reads of a pixel
 
   const bool channels_last = problem.channels_last;
   const int size = element_size(problem);
@@ -643,6 +689,7 @@ Tiling choose_tiling(const Problem& problem, const Bounds& bounds) {
     return ceil_div(ceil_div(extent, ceil_div(extent, limit)), kStep) * kStep;
   };
   Tiling tiling;
+  tiling.run = 1;
   tiling.rows = channels_last ? kRowsChannelsLast : balanced(height, 32);
   tiling.columns = channels_last ? kColumnsChannelsLast : balanced(width, 512 / size);
   tiling.channels = channels_last ? kSectorBytes / size : 16;
@@ -653,7 +700,7 @@ Tiling choose_tiling(const Problem& problem, const Bounds& bounds) {
     return true;
   };
   const auto blocks = [&] {
-    tiling.tiles_down = ceil_div(height, tiling.rows);
+    tiling.runs_down = ceil_div(height, tiling.rows * tiling.run);
     tiling.tiles_across = ceil_div(width, tiling.columns);
     tiling.channel_groups = ceil_div(problem.channels, tiling.channels);
     return problem.batch * tiling.channel_groups * tiles(tiling);
@@ -665,8 +712,12 @@ Tiling choose_tiling(const Problem& problem, const Bounds& bounds) {
   while ((tiling.channels / 2 >= problem.channels || too_large()) &&
          halve(tiling.channels, least_channels)) {
   }
-  while (blocks() < kEnoughBlocks && (halve(tiling.channels, least_channels) ||
+  while (blocks() < enough_blocks && (halve(tiling.channels, least_channels) ||
                                       (!channels_last && halve(tiling.rows, kStep)))) {
+  }
+  // Runs save workspace and the start of a block, while they leave several rounds of blocks.
+  while (blocks() >= 8 * enough_blocks && tiling.runs_down > 1 && tiling.run < kLongestRun) {
+    tiling.run *= 2;
   }
   return tiling;
 }

@@ -37,6 +37,15 @@ const char* launch(void (*kernel)(Parameters...), int64_t blocks, int threads, s
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
+// Of an H200: sizes of tiles follow it everywhere, so that results do not depend on the device.
+inline int multiprocessors() {
+#ifdef VFMK_HOST_HARNESS
+  return cuda_host::multiprocessors;
+#else
+  return 132;
+#endif
+}
+
 // Division of numbers below 2^31 by one that the host knows: a multiplication instead.
 struct Divisor {
   uint32_t divisor = 1, magic = 1, shift = 0;
@@ -54,6 +63,13 @@ struct Divisor {
     return quotient;
   }
 };
+
+// A value that the compiler cannot follow: what is computed from it is computed where it is used,
+// instead of before a loop, to occupy registers all through it.
+__device__ inline int hidden(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
 
 template <typename T>
 inline constexpr int kVector = 16 / sizeof(T);  // elements in a 16-byte access

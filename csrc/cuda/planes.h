@@ -38,8 +38,7 @@ struct Planes {
 // The part of a view under a tile: `channels` of 1 << `channel_bits` exist. Row and column lie
 // outside the view where the tile does.
 struct Place {
-  int64_t sample, first_channel;
-  int channels, channel_bits, row, column;
+  int sample, channel, channels, channel_bits, row, column;
 };
 
 // How a block's threads share a tile: `neighbour` counts what lies side by side in a pixel of a
@@ -51,11 +50,11 @@ struct Part {
   static constexpr int kLanes = kChannelsLast ? 4 : 8;
   int neighbour, lane, row, rows;
 
-  __device__ explicit Part(int neighbour_bits)
-      : neighbour(threadIdx.x & ((1 << neighbour_bits) - 1)),
-        lane(threadIdx.x >> neighbour_bits & (kLanes - 1)),
-        rows(kThreads / kLanes >> neighbour_bits) {
-    const int index = threadIdx.x / kLanes >> neighbour_bits;
+  __device__ explicit Part(int neighbour_bits) {
+    const int thread = hidden(threadIdx.x), index = thread / kLanes >> neighbour_bits;
+    neighbour = thread & ((1 << neighbour_bits) - 1);
+    lane = thread >> neighbour_bits & (kLanes - 1);
+    rows = kThreads / kLanes >> neighbour_bits;
     row = 2 * (index & (rows / 2 - 1)) + (index >= rows / 2);
   }
 };
@@ -174,7 +173,7 @@ __device__ void load_planes(const Planes<T>& tile, const View& view, const Place
                             int unused) {
   const Strides& strides = view.strides;
   const T* source = static_cast<const T*>(view.data) + place.sample * strides.batch +
-                    place.first_channel * strides.channel + place.row * strides.row +
+                    place.channel * strides.channel + place.row * strides.row +
                     place.column * strides.column;
   const int left = max(0, place.column + unused);
   const int width = max(0, min(view.width, place.column + tile.columns - unused) - left);
@@ -242,7 +241,7 @@ template <bool kChannelsLast, int kThreads, typename T>
 __device__ void store_planes(const Planes<T>& tile, const View& view, const Place& place) {
   const Strides& strides = view.strides;
   T* target = static_cast<T*>(view.data) + place.sample * strides.batch +
-              place.first_channel * strides.channel + place.row * strides.row +
+              place.channel * strides.channel + place.row * strides.row +
               place.column * strides.column;
   const bool vectors = view.access == Access::vectors;
   const Part<kThreads, kChannelsLast> part(

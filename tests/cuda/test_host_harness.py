@@ -8,7 +8,7 @@ is a race. Outputs and shared memory start as NaN, and buffers end where their l
 import shutil
 import struct
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -46,6 +46,7 @@ class Case:
     wanted: tuple[str, ...] = GRADIENTS
     slack: tuple[int, int, int] = (0, 0, 0)  # unused elements in each row (pixel), plane, sample
     misaligned: bool = False
+    multiprocessors: int = 1  # few: large tiles, many channels in a block; 0: many tiles, too
 
     def __str__(self) -> str:
         default = Case()
@@ -152,7 +153,7 @@ def run(program: Path, case: Case, orders: Iterable[str]) -> list[list[Tensor | 
     def header(is_backward: bool, order: str) -> bytes:
         asked = [not is_backward, *(is_backward and name in case.wanted for name in GRADIENTS)]
         values = [
-            *(is_backward, ORDERS[order], size if case.misaligned else 0),
+            *(is_backward, ORDERS[order], case.multiprocessors, size if case.misaligned else 0),
             *(DTYPES[case.dtype], case.channels_last, case.shared_weight, case.shared_bias),
             *(case.batch, case.channels, case.height, case.width, *case.output_size),
             *(*case.kernel, top, left, *case.dilation),
@@ -200,29 +201,29 @@ def same_bits(first: Tensor | None, second: Tensor | None) -> bool:
     return torch.equal(first.view(bits), second.view(bits))
 
 
-def compiled(folder: Path, *sources: str | Path) -> Path:
-    """A program of `sources`, against the stand-ins for CUDA's headers."""
-    compiler = shutil.which("g++")
-    if compiler is None:
+def compiler(*sources: str | Path) -> Callable[[Path], None]:
+    """Makes a program of `sources`, against the stand-ins for CUDA's headers."""
+    executable = shutil.which("g++")
+    if executable is None:
         pytest.skip("no g++")
-    program = folder / "program"
-    command = [
-        *(compiler, "-std=c++17", "-O1", "-g1", "-Wall", "-Wno-unknown-pragmas", "-Werror"),
-        *("-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
-        "-fno-strict-aliasing",  # shared memory is read in words, as nvcc allows
-        *("-I", HOST, *sources, "-o", program),
-    ]
-    subprocess.run(command, check=True)
-    return program
+
+    def make(program: Path) -> None:
+        command = [
+            *(executable, "-std=c++17", "-O1", "-g1", "-Wall", "-Wno-unknown-pragmas", "-Werror"),
+            *("-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
+            "-fno-strict-aliasing",  # shared memory is read in words, as nvcc allows
+            *("-I", HOST, *sources, "-o", program),
+        ]
+        subprocess.run(command, check=True)
+
+    return make
 
 
 @pytest.fixture(scope="session")
-def depthwise(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return compiled(
-        tmp_path_factory.mktemp("cuda_host"),
-        HOST / "dynamic_depthwise_conv2d.cpp",
-        *("-x", "c++", ROOT / "csrc" / "cuda" / "dynamic_depthwise_conv2d.cu"),
-    )
+def depthwise(built: Callable[..., Path]) -> Path:
+    driver = HOST / "dynamic_depthwise_conv2d.cpp"
+    source = ROOT / "csrc" / "cuda" / "dynamic_depthwise_conv2d.cu"
+    return built("dynamic_depthwise_conv2d", compiler(driver, "-x", "c++", source))
 
 
 def check(program: Path, case: Case, orders: Sequence[str] = ("reverse", "shuffled")) -> None:
@@ -250,28 +251,36 @@ SHAPES = [
     Case(height=1, width=1),
     Case(height=1, width=1, channels=16, channels_last=True),
     Case(height=5, width=7, kernel=(7, 7)),  # smaller than the kernel
-    Case(height=14, width=14, channels=20),  # several planes in a block, copied by words
+    Case(height=14, width=14, channels=20),  # copied by words, sixteen planes in a block
     Case(height=14, width=14, channels=24, kernel=(5, 5), channels_last=True),
-    Case(height=33, width=65, channels=1, kernel=(5, 5)),  # several tiles, element by element
-    Case(height=33, width=65, channels=1, kernel=(5, 5), dtype=FLOAT),
+    Case(height=33, width=65, channels=2, kernel=(5, 5)),  # several tiles, element by element
+    Case(height=33, width=65, channels=2, kernel=(5, 5), dtype=FLOAT),
     Case(height=33, width=65, channels=8, channels_last=True),
     Case(height=18, width=300, channels=1),  # tiles side by side
     Case(height=20, width=250, channels=1, kernel=(7, 7)),  # the widest tile
-    Case(height=16, width=70, channels=40, dtype=FLOAT, channels_last=True),
+    Case(height=8, width=16, channels=40, kernel=(7, 7), channels_last=True, batch=2),  # over 48 KB
+    Case(height=16, width=40, channels=20, dtype=FLOAT, channels_last=True),
     Case(height=6, width=10, channels=5, channels_last=True),  # no whole channel vector
     Case(height=6, width=10, channels=5, channels_last=True, dtype=FLOAT),
+]
+SHAPES += [replace(case, multiprocessors=132) for case in SHAPES[3:8]]
+RUNS = [
+    Case(height=100, width=24, multiprocessors=0, shared_weight=True, batch=2),
+    Case(height=70, width=9, kernel=(5, 5), channels=9, multiprocessors=0, channels_last=True),
+    Case(height=70, width=24, kernel=(7, 7), channels=8, multiprocessors=0, channels_last=True),
+    Case(height=70, width=24, dtype=FLOAT, multiprocessors=0, padding=(2, 2, 0, 1)),
 ]
 PADDINGS = [
     Case(kernel=(5, 5), padding=(0, 0, 0, 0)),
     Case(kernel=(5, 5), padding=(4, 4, 4, 4)),  # more output than input
-    Case(kernel=(5, 5), padding=(6, 1, 0, 7)),  # outputs that meet no input
+    Case(kernel=(5, 5), padding=(6, 1, 0, 7), multiprocessors=132),  # outputs that meet no input
     Case(kernel=(7, 7), padding=(6, 1, 0, 7), channels=8, channels_last=True),
     Case(padding=(0, 1, 2, 0), dtype=FLOAT),
     Case(height=3, width=3, kernel=(5, 5), padding=(0, 1, 0, 1), channels=2),  # no output at all
 ]
 SHARING = [
     Case(batch=3, shared_weight=True),
-    Case(batch=3, shared_bias=True, dtype=FLOAT),
+    Case(batch=3, shared_bias=True, dtype=FLOAT, multiprocessors=132),
     Case(batch=3, shared_weight=True, shared_bias=True, channels=8, channels_last=True),
     Case(shared_weight=True, shared_bias=True),  # of one sample: nothing to add
     Case(bias=False),
@@ -302,7 +311,7 @@ PLAIN = [
 
 
 @pytest.mark.parametrize(
-    "case", [*EVERY_KIND, *SHAPES, *PADDINGS, *SHARING, *VIEWS, *EMPTY, *PLAIN], ids=str
+    "case", [*EVERY_KIND, *SHAPES, *RUNS, *PADDINGS, *SHARING, *VIEWS, *EMPTY, *PLAIN], ids=str
 )
 def test_matches_float64(depthwise: Path, case: Case) -> None:
     check(depthwise, case)
@@ -311,20 +320,7 @@ def test_matches_float64(depthwise: Path, case: Case) -> None:
 @pytest.mark.parametrize(
     "case",
     [
-        Case(batch=44, channels=24, height=4, width=8),  # several planes in a block
-        # 16 channels in one, whose tiles need more than 48 KB of shared memory
-        Case(batch=34, channels=40, height=2, width=4, kernel=(7, 7), channels_last=True),
-    ],
-    ids=str,
-)
-def test_enough_planes_for_larger_blocks(depthwise: Path, case: Case) -> None:
-    check(depthwise, case, orders=["shuffled"])
-
-
-@pytest.mark.parametrize(
-    "case",
-    [
-        Case(batch=2, kernel=(5, 5), height=40),
+        Case(batch=2, kernel=(5, 5), height=70, multiprocessors=0),
         Case(batch=2, padding=(2, 0, 1, 2), channels=8, channels_last=True),
         Case(dtype=FLOAT),
         Case(kernel=(2, 2)),
@@ -340,8 +336,8 @@ def test_one_gradient_alone_has_the_same_bits(depthwise: Path, case: Case) -> No
 
 
 @pytest.fixture(scope="session")
-def faults(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return compiled(tmp_path_factory.mktemp("cuda_host"), HOST / "faults.cpp")
+def faults(built: Callable[..., Path]) -> Path:
+    return built("faults", compiler(HOST / "faults.cpp"))
 
 
 @pytest.mark.parametrize(

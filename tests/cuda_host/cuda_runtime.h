@@ -68,6 +68,7 @@ namespace cuda_host {
 
 enum class Order { forward, reverse, shuffled };
 inline Order order = Order::forward;  // of blocks, and of threads between two barriers
+inline int multiprocessors = 132;     // that a kernel's tiles are chosen for
 inline char* dynamic_shared = nullptr;
 
 [[noreturn]] inline void fail(const char* what) {

@@ -12,7 +12,7 @@ namespace {
 
 namespace operation = vfmk::dynamic_depthwise_conv2d;
 
-constexpr int kHeader = 35;
+constexpr int kHeader = 36;
 
 struct Buffer {  // `shift` bytes past an address that any access may use
   char* memory = nullptr;
@@ -55,10 +55,11 @@ int main() {
     const int64_t* next = header;
     const bool backward = *next++;
     cuda_host::order = static_cast<cuda_host::Order>(*next++);
+    cuda_host::multiprocessors = *next++;
     const int64_t shift = *next++;
 
     operation::Problem problem{};
-    problem.dtype = static_cast<operation::DType>(*next++);
+    problem.dtype = static_cast<vfmk::DType>(*next++);
     problem.channels_last = *next++;
     problem.shared_weight = *next++;
     problem.shared_bias = *next++;
