@@ -25,7 +25,7 @@
 // times 8 centre columns, summed over rows, hold the taps of one kernel row on the diagonals m - n
 // = const. Rows go in pairs: a window row that serves kernel row i for the even row of a pair
 // serves i - 1 for the odd one, so it is loaded once for both. The band's zeros are multiplied too:
-// an infinity or NaN reaches outputs up to 8 columns away.
+// an infinity or NaN reaches outputs up to 11 columns away.
 //
 // fp32 stays on the FMA units: a thread computes 4 x 4 outputs from rows of 12 loaded values.
 //

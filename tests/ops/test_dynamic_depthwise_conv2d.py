@@ -138,8 +138,8 @@ def test_nan_and_infinity_reach_the_output(device):
     if device == "cpu":
         assert torch.equal(output.isnan(), expected.isnan())
         assert torch.equal(output.isinf(), expected.isinf())
-    else:  # on tensor cores they reach 8 columns further, as the operator says
-        assert output[:, :, :, 3 + 1 + 8 + 1 :].isfinite().all()
+    else:  # on tensor cores they reach up to 11 columns away, as the operator says
+        assert output[:, :, :, 3 + 11 + 1 :].isfinite().all()
         assert output[:, 2:].isfinite().all()
 
 

@@ -25,8 +25,8 @@ def dynamic_depthwise_conv2d(
 
     Differentiable, once, in input, weight and bias. Sums are fp32 (fp64 for float64 input), and the
     bits are the same on each run. Works under autocast, torch.compile and torch.export. On CUDA, in
-    half precision, an infinity or NaN in the input also reaches the outputs up to 8 columns beyond
-    those that it belongs to: tensor cores multiply it by zero.
+    half precision, an infinity or NaN in the input reaches outputs up to 11 columns away: tensor
+    cores multiply it by zero.
 
     Args:
         input: [B, C, H, W], float32, float16, bfloat16 or float64. Contiguous, channels-last, or a
