@@ -59,18 +59,28 @@ Vec pack_bias(const Problem& problem, const Item& item, const typename Format::E
   return problem.channels_last ? value : Vec{} + value[0];
 }
 
+// The runs of a kernel: K of K taps if SQUARE, where the compiler then unrolls and pipelines
+// better.
+bool is_square(const Taps& taps) { return taps.count.along == 1 && taps.count.across == taps.run; }
+
+template <int K, bool SQUARE>
+Pair count_runs(const Taps& taps) {
+  return SQUARE ? Pair{1, K} : taps.count;
+}
+
 // to[p] = start + sum over taps n of weight[n] * source[p + n], for every vector p of the walk.
-template <typename Format, int K>
+template <typename Format, int K, bool SQUARE>
 void correlate_runs(const Walk& walk, Vectors<const float> source, const Taps& taps,
                     const Vec* weight, Vec start, Vectors<typename Format::Element> to) {
+  const Pair runs = count_runs<K, SQUARE>(taps);
   for (int64_t a = 0; a < walk.count.along; a += BLOCK) {
     for (int64_t c = 0; c < walk.count.across; ++c) {
       Vec sums[BLOCK];
 #pragma GCC unroll 16
       for (int p = 0; p < BLOCK; ++p) sums[p] = start;
       const Vec* w = weight;
-      for (int64_t i = 0; i < taps.count.across; ++i) {
-        for (int64_t j = 0; j < taps.count.along; ++j, w += K) {
+      for (int64_t i = 0; i < runs.across; ++i) {
+        for (int64_t j = 0; j < runs.along; ++j, w += K) {
           const float* from = source.at(a, c) + i * taps.step.across + j * taps.step.along;
 #pragma GCC unroll 32
           for (int t = 0; t < BLOCK + K - 1; ++t) {
@@ -82,10 +92,15 @@ void correlate_runs(const Walk& walk, Vectors<const float> source, const Taps& t
           }
         }
       }
-      const int64_t rest = walk.count.along - a;
+      const int64_t rest = walk.count.along - a, lanes = walk.valid(c);
+      if (rest >= BLOCK && lanes >= LANES) {
 #pragma GCC unroll 16
-      for (int p = 0; p < BLOCK; ++p) {
-        if (p < rest) store<Format>(to.at(a + p, c), sums[p], walk.valid(c));
+        for (int p = 0; p < BLOCK; ++p) store<Format>(to.at(a + p, c), sums[p]);
+      } else {
+#pragma GCC unroll 1  // a rare path: unrolled, its code crowds the loop above
+        for (int p = 0; p < BLOCK; ++p) {
+          if (p < rest) store<Format>(to.at(a + p, c), sums[p], lanes);
+        }
       }
     }
   }
@@ -94,10 +109,12 @@ void correlate_runs(const Walk& walk, Vectors<const float> source, const Taps& t
 template <typename Format>
 void correlate(const Walk& walk, Vectors<const float> source, const Taps& taps, const Vec* weight,
                Vec start, Vectors<typename Format::Element> to) {
-  const auto runs = taps.run == 7   ? correlate_runs<Format, 7>
-                    : taps.run == 5 ? correlate_runs<Format, 5>
-                    : taps.run == 3 ? correlate_runs<Format, 3>
-                                    : correlate_runs<Format, 1>;
+  const bool square = is_square(taps);
+  const auto runs =
+      taps.run == 7   ? square ? correlate_runs<Format, 7, true> : correlate_runs<Format, 7, false>
+      : taps.run == 5 ? square ? correlate_runs<Format, 5, true> : correlate_runs<Format, 5, false>
+      : taps.run == 3 ? square ? correlate_runs<Format, 3, true> : correlate_runs<Format, 3, false>
+                      : correlate_runs<Format, 1, false>;
   runs(walk, source, taps, weight, start, to);
 }
 
@@ -182,7 +199,9 @@ void forward_tiles(const Problem& problem, const typename Format::Element* input
                    const typename Format::Element* weight, const typename Format::Element* bias,
                    typename Format::Element* output) {
   const Tiles tiles(problem, problem.output_height, problem.output_width);
-  const Area area(problem, tiles.height + reach_down(problem), tiles.width + reach_right(problem));
+  const int64_t before = left_margin(problem, problem.pad_left);
+  const Area area(problem, tiles.height + reach_down(problem),
+                  before - problem.pad_left + tiles.width + reach_right(problem));
   const Taps taps(problem, area);
   const int64_t number = number_of_taps(problem);
 
@@ -197,11 +216,11 @@ void forward_tiles(const Problem& problem, const typename Format::Element* input
       const Item item(problem, tiles, index);
       const Walk walk(problem, tiles, item, problem.output_height, problem.output_width);
       x.top = item.top - problem.pad_top;
-      x.left = item.left - problem.pad_left;
+      x.left = item.left - before;
       x.pack<Format>(item.plane(input, problem.input), problem.input, problem.input_height,
                      problem.input_width, item.channels);
       pack_weight<Format>(problem, item, weight, false, packed, staging);
-      correlate<Format>(walk, x.at(x.top, x.left), taps, packed,
+      correlate<Format>(walk, x.at(x.top, item.left - problem.pad_left), taps, packed,
                         pack_bias<Format>(problem, item, bias),
                         item.vectors(problem, output, problem.output));
     }
@@ -239,12 +258,12 @@ void backward_tiles(const Problem& problem, const Backward& arguments) {
   const Tiles tiles = backward_grid(problem);
   const Partials partials(problem, tiles);
   const int64_t down = reach_down(problem), right = reach_right(problem);
-  const Area input_area(problem, tiles.height + down, tiles.width + right);
-  // grad_input is a correlation with the flipped kernel, under a padding of reach - pad. A margin
-  // of whole vectors keeps the loads for grad_weight aligned.
+  const int64_t input_before = left_margin(problem, problem.pad_left);
+  const Area input_area(problem, tiles.height + down,
+                        input_before - problem.pad_left + tiles.width + right);
+  // grad_input is a correlation with the flipped kernel, under a padding of reach - pad.
   const int64_t above = maximum(down - problem.pad_top, 0);
-  const int64_t before =
-      round_up(maximum(right - problem.pad_left, 0), problem.channels_last ? 1 : LANES);
+  const int64_t before = left_margin(problem, maximum(right - problem.pad_left, 0));
   const Area gradient_area(problem, above + tiles.height + problem.pad_top,
                            before + tiles.width + problem.pad_left);
   const Taps input_taps(problem, input_area);
@@ -281,11 +300,11 @@ void backward_tiles(const Problem& problem, const Backward& arguments) {
       for (int64_t n = first_sum; n < last_sum; ++n) totals[n] = Vec{};
       if (arguments.grad_weight != nullptr) {
         x.top = item.top - problem.pad_top;
-        x.left = item.left - problem.pad_left;
+        x.left = item.left - input_before;
         x.pack<Format>(item.plane(input, problem.input), problem.input, problem.input_height,
                        problem.input_width, item.channels);
-        correlate_gradient(walk, g.at(item.top, item.left), x.at(x.top, x.left), input_taps,
-                           totals);
+        correlate_gradient(walk, g.at(item.top, item.left),
+                           x.at(x.top, item.left - problem.pad_left), input_taps, totals);
       }
       if (arguments.grad_bias != nullptr) {
         totals[number] = sum_gradient(walk, g.at(item.top, item.left));

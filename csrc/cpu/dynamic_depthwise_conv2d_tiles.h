@@ -13,6 +13,7 @@ constexpr int64_t TILE_COLUMNS = 256;                // at most, NCHW
 constexpr int64_t TILE_PIXELS = 8192;                // 32 KiB, NCHW
 constexpr int64_t TILE_COLUMNS_CHANNELS_LAST = 64;   // at most
 constexpr int64_t TILE_PIXELS_CHANNELS_LAST = 2048;  // 128 KiB of 16 lanes
+constexpr int64_t PREFETCH = 1024;                   // elements ahead, NCHW: the plane spans pages
 constexpr int64_t GRAIN = 1 << 16;                   // multiply-adds of vectors, about 10 us
 
 int64_t minimum(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -51,6 +52,12 @@ int64_t reach_down(const Problem& problem) {
 }
 int64_t reach_right(const Problem& problem) {
   return static_cast<int64_t>(problem.kernel_width - 1) * problem.dilation_width;
+}
+
+// Columns left of a tile in an area that holds at least `reach` of them: whole vectors in NCHW, so
+// that the tile's own columns are stored and loaded aligned.
+int64_t left_margin(const Problem& problem, int64_t reach) {
+  return problem.channels_last ? reach : round_up(reach, LANES);
 }
 
 // The grid of work items over planes of plane_height x plane_width.
@@ -123,7 +130,8 @@ struct Walk {
   Lane mask(int64_t c) const { return lane_index() < static_cast<int32_t>(valid(c)); }
 };
 
-// Part of a plane as fp32, with zeros outside the plane; (top, left) is the pixel at data.
+// Part of a plane as fp32, with zeros outside the plane; (top, left) is the pixel at data. In NCHW
+// `left` is a multiple of LANES.
 struct Area {
   int64_t rows, columns;
   int64_t row, pixel;  // strides
@@ -143,27 +151,35 @@ struct Area {
   }
 
   template <typename Format>
-  void pack(const typename Format::Element* plane, const Strides& strides, int64_t height,
-            int64_t width, int64_t channels) {
-    for (int64_t r = 0; r < rows; ++r) {
-      const bool inside = top + r >= 0 && top + r < height;
-      const int64_t begin = inside ? clamp(-left, 0, columns) : columns;
-      const int64_t end = clamp(width - left, begin, columns);
-      float* to = data + r * row;
-      for (int64_t i = 0; i < begin * pixel; i += LANES) store<Float32>(to + i, Vec{});
-      if (begin < end) {
-        const auto* from = plane + (top + r) * strides.row + (left + begin) * strides.column;
-        if (pixel == LANES) {
-          for (int64_t x = begin; x < end; ++x, from += strides.column) {
-            store<Float32>(to + x * LANES, load<Format>(from, channels));
-          }
-        } else {
-          for (int64_t x = begin; x < end; x += LANES, from += LANES) {
-            store<Float32>(to + x, load<Format>(from, end - x), row - x);
-          }
+  void pack(const typename Format::Element* plane, const Strides strides, int64_t height,
+            int64_t width, int64_t channels) const {
+    const Area area = *this;  // a store might change a member, for all that the compiler knows
+    const int64_t begin = clamp(-area.left, 0, area.columns);
+    const int64_t end = clamp(width - area.left, begin, area.columns);
+    plane += (area.left + begin) * strides.column;
+    for (int64_t r = 0; r < area.rows; ++r) {
+      const int64_t y = area.top + r;
+      const bool inside = y >= 0 && y < height && begin < end;
+      const auto* from = plane + y * strides.row;
+      float* to = area.data + r * area.row;
+      const int64_t zeros = inside ? begin * area.pixel : area.row;
+      for (int64_t i = 0; i < zeros; i += LANES) store<Float32>(to + i, Vec{});
+      if (!inside) continue;
+      int64_t x = begin;
+      if (area.pixel == LANES) {
+        for (; x < end; ++x, from += strides.column) {
+          store<Float32>(to + x * LANES, load<Format>(from, channels));
         }
+      } else {
+        for (; x + LANES <= end; x += LANES, from += LANES) {
+          __builtin_prefetch(from + PREFETCH);
+          store<Float32>(to + x, load<Format>(from));
+        }
+        if (x < end) store<Float32>(to + x, load<Format>(from, end - x));
       }
-      for (int64_t i = end * pixel; i < row; i += LANES) store<Float32>(to + i, Vec{}, row - i);
+      for (int64_t i = round_up(end * area.pixel, LANES); i < area.row; i += LANES) {
+        store<Float32>(to + i, Vec{});
+      }
     }
   }
 };
