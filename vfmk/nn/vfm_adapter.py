@@ -7,7 +7,7 @@ Prediction with Dynamic Hybrid Operation Mapping".
 import torch
 from torch import Tensor, nn
 
-from vfmk import ops, reference
+from vfmk import ops
 from vfmk.nn.config import VFMAdapterConfig
 from vfmk.nn.hypernetwork import Hypernetwork
 
@@ -71,7 +71,7 @@ class VFMAdapter(nn.Module):
         channels_last = hidden.permute(0, 3, 1, 2)
         mixed = ops.dynamic_depthwise_conv2d(channels_last, kernels).permute(0, 2, 3, 1)
         if self.qkv is not None:
-            attended = reference.adapter_attention(
+            attended = ops.adapter_attention(
                 hidden.flatten(1, 2), self.qkv.weight, self.qkv.bias, self.num_heads
             )
             mixed = mixed + attended.view_as(mixed)
@@ -83,7 +83,7 @@ class VFMAdapter(nn.Module):
         assert queries is not None
         assert hypernetwork is not None
         tokens = self.to_tokens(u.flatten(1, 2))  # p: [B, N, D]
-        code = reference.attention_pool(tokens, queries).sum(1)  # z: [B, D]
+        code = ops.attention_pool(tokens, queries).sum(1)  # z: [B, D]
         return hypernetwork(code)
 
 

@@ -55,6 +55,17 @@ def autocast(*tensors: Tensor | None) -> list[Tensor | None]:
     ]
 
 
+def dense_last(tensor: Tensor) -> Tensor:
+    """What kernels read in place: any view with a dense last dimension; of others, a copy."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def as_float(operator: str, argument: str, value: Any) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise TypeError(f"{operator}: {argument} must be a number, got {value!r}")
+    return float(value)
+
+
 def int_pair(operator: str, argument: str, value: Any, minimum: int) -> tuple[int, int]:
     """`value` as (vertical, horizontal); it may be one int or a pair of them."""
     pair = (value, value) if isinstance(value, int) else value

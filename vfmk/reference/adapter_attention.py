@@ -1,5 +1,6 @@
 """Self-attention in an adapter's bottleneck, in plain PyTorch."""
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -12,22 +13,78 @@ def adapter_attention(
     *,
     scale: float | None = None,
 ) -> Tensor:
-    """Multi-head self-attention over N tokens: three projections in, none out.
+    """See `vfmk.ops.adapter_attention`."""
+    query, key, value = _project(input, qkv_weight, qkv_bias, num_heads)
+    return _merge(F.scaled_dot_product_attention(query, key, value, scale=scale))
 
-    Args:
-        input: [B, N, r].
-        qkv_weight: [3r, r], rows for the queries, then the keys, then the values.
-        qkv_bias: [3r].
-        num_heads: a divisor of r.
-        scale: factor of the dot products; by default 1/√(r / num_heads).
 
-    Returns:
-        [B, N, r].
+def forward(
+    input: Tensor,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor,
+    num_heads: int,
+    scale: float,
+    output: Tensor,
+    log_sum_exp: Tensor,
+) -> None:
+    """Write `output` [B, N, r] and `log_sum_exp` [B, heads, N], of the scaled scores."""
+    input, qkv_weight, qkv_bias = _in_sums_dtype(input, qkv_weight, qkv_bias)
+    query, key, value = _project(input, qkv_weight, qkv_bias, num_heads)
+    scores = scale * query @ key.transpose(2, 3)
+    output.copy_(_merge(scores.softmax(-1) @ value))
+    log_sum_exp.copy_(scores.logsumexp(-1))
 
-    Source: VFM-Adapter (AAAI 2025), the global branch of hybrid operation mapping.
-    """
-    batch, tokens, rank = input.shape
-    qkv = F.linear(input, qkv_weight, qkv_bias).view(batch, tokens, 3, num_heads, -1)
-    query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each [B, heads, N, r / heads]
-    output = F.scaled_dot_product_attention(query, key, value, scale=scale)
-    return output.transpose(1, 2).reshape(batch, tokens, rank)
+
+def backward(
+    grad_output: Tensor,
+    input: Tensor,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor,
+    output: Tensor,
+    log_sum_exp: Tensor,
+    num_heads: int,
+    scale: float,
+    grad_input: Tensor | None,
+    grad_weight: Tensor | None,
+    grad_bias: Tensor | None,
+) -> None:
+    """Write each gradient that is not None."""
+    grad_output, input, qkv_weight, qkv_bias = _in_sums_dtype(
+        grad_output, input, qkv_weight, qkv_bias
+    )
+    query, key, value = _project(input, qkv_weight, qkv_bias, num_heads)
+    grad = grad_output.unflatten(2, (num_heads, -1)).transpose(1, 2)  # [B, heads, N, r / heads]
+    weights = (scale * query @ key.transpose(2, 3)).softmax(-1)
+    grad_weights = grad @ value.transpose(2, 3)
+    mean = (grad_weights * weights).sum(-1, keepdim=True)
+    grad_scores = scale * weights * (grad_weights - mean)
+    projections = (
+        grad_scores @ key,
+        grad_scores.transpose(2, 3) @ query,
+        weights.transpose(2, 3) @ grad,
+    )
+    grad_qkv = torch.cat([_merge(gradient) for gradient in projections], dim=2)  # [B, N, 3r]
+    if grad_input is not None:
+        grad_input.copy_(grad_qkv @ qkv_weight)
+    if grad_weight is not None:
+        grad_weight.copy_(grad_qkv.flatten(0, 1).T @ input.flatten(0, 1))
+    if grad_bias is not None:
+        grad_bias.copy_(grad_qkv.sum((0, 1)))
+
+
+def _project(
+    input: Tensor, qkv_weight: Tensor, qkv_bias: Tensor, num_heads: int
+) -> tuple[Tensor, ...]:
+    """Queries, keys and values, each [B, heads, N, r / heads]."""
+    qkv = F.linear(input, qkv_weight, qkv_bias).unflatten(2, (3, num_heads, -1))
+    return qkv.permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def _merge(heads: Tensor) -> Tensor:
+    """[B, heads, N, d] → [B, N, heads·d]."""
+    return heads.transpose(1, 2).flatten(2)
+
+
+def _in_sums_dtype(*tensors: Tensor) -> list[Tensor]:
+    dtype = torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
+    return [tensor.to(dtype) for tensor in tensors]

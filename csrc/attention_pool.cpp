@@ -1,0 +1,96 @@
+// The PyTorch boundary of attention_pool: tensors become the plain data of the header.
+// vfmk/ops/attention_pool.py has checked every argument and allocated every output. There are CPU
+// kernels alone: Triton serves GPUs.
+#include "attention_pool.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include "boundary.h"
+
+namespace vfmk::attention_pool {
+
+namespace cpu {
+
+// The kernels of cpu/attention_pool.cpp, compiled once for each instruction set.
+#define VFMK_DECLARE(isa)                                           \
+  namespace isa {                                                   \
+  int64_t forward_workspace_floats(const Problem& problem);         \
+  int64_t backward_workspace_floats(const Problem& problem);        \
+  void forward(const Problem& problem, const Forward& arguments);   \
+  void backward(const Problem& problem, const Backward& arguments); \
+  }
+VFMK_DECLARE(baseline)
+VFMK_DECLARE(avx2)
+VFMK_DECLARE(avx512)
+
+int64_t forward_workspace_floats(const Problem& problem) {
+  VFMK_DISPATCH(forward_workspace_floats(problem));
+}
+
+int64_t backward_workspace_floats(const Problem& problem) {
+  VFMK_DISPATCH(backward_workspace_floats(problem));
+}
+
+void forward(const Problem& problem, const Forward& arguments) {
+  VFMK_DISPATCH(forward(problem, arguments));
+}
+
+void backward(const Problem& problem, const Backward& arguments) {
+  VFMK_DISPATCH(backward(problem, arguments));
+}
+
+}  // namespace cpu
+
+namespace {
+
+Problem describe(const Tensor& tokens, const Tensor& queries, double scale) {
+  Problem problem{};
+  problem.dtype = dtype_of(tokens);
+  problem.batch = tokens.size(0);
+  problem.tokens = tokens.size(1);
+  problem.width = tokens.size(2);
+  problem.queries = queries.size(0);
+  problem.scale = static_cast<float>(scale);
+  problem.token = {tokens.stride(0), tokens.stride(1)};
+  return problem;
+}
+
+void forward_cpu(Tensor tokens, Tensor queries, double scale, Tensor output, Tensor log_sum_exp) {
+  const Problem problem = describe(tokens, queries, scale);
+  const Tensor workspace = new_workspace(cpu::forward_workspace_floats(problem), tokens);
+  cpu::forward(problem,
+               {tokens.const_data_ptr(), queries.const_data_ptr(), output.mutable_data_ptr(),
+                static_cast<float*>(log_sum_exp.mutable_data_ptr()),
+                static_cast<float*>(workspace.mutable_data_ptr())});
+}
+
+void backward_cpu(Tensor grad_output, Tensor tokens, Tensor queries, Tensor output,
+                  Tensor log_sum_exp, double scale, MaybeTensor grad_tokens,
+                  MaybeTensor grad_queries) {
+  Problem problem = describe(tokens, queries, scale);
+  problem.grad_output = {grad_output.stride(0), grad_output.stride(1)};
+  const Tensor workspace = new_workspace(cpu::backward_workspace_floats(problem), tokens);
+  cpu::backward(problem,
+                {grad_output.const_data_ptr(), tokens.const_data_ptr(), queries.const_data_ptr(),
+                 output.const_data_ptr(), static_cast<const float*>(log_sum_exp.const_data_ptr()),
+                 mutable_data(grad_tokens), mutable_data(grad_queries),
+                 static_cast<float*>(workspace.mutable_data_ptr())});
+}
+
+}  // namespace
+}  // namespace vfmk::attention_pool
+
+STABLE_TORCH_LIBRARY_FRAGMENT(vfmk_native, m) {
+  m.def(
+      "attention_pool_forward(Tensor tokens, Tensor queries, float scale, Tensor(a!) output, "
+      "Tensor(b!) log_sum_exp) -> ()");
+  m.def(
+      "attention_pool_backward(Tensor grad_output, Tensor tokens, Tensor queries, Tensor output, "
+      "Tensor log_sum_exp, float scale, Tensor(a!)? grad_tokens, Tensor(b!)? grad_queries) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(vfmk_native, CPU, m) {
+  using namespace vfmk::attention_pool;
+  m.impl("attention_pool_forward", TORCH_BOX(&forward_cpu));
+  m.impl("attention_pool_backward", TORCH_BOX(&backward_cpu));
+}

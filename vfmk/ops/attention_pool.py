@@ -1,0 +1,158 @@
+"""Tokens pooled by their softmax similarity to a few queries."""
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from vfmk import _backends
+from vfmk.ops import _contract
+
+NAME = "attention_pool"
+
+
+def attention_pool(tokens: Tensor, queries: Tensor, *, scale: float = 1.0) -> Tensor:
+    """For every query, the mean of the tokens weighted by their softmax similarity to it.
+
+    Differentiable, once, in both tensors; the similarities are never stored. Sums are fp32 (fp64
+    for float64), and the bits are the same on each run. Works under autocast, torch.compile and
+    torch.export.
+
+    Args:
+        tokens: [B, N, D], float32, float16, bfloat16 or float64. Read in place whatever the
+            strides, if D is dense; else copied first. B or N may be 0.
+        queries: [M, D] of tokens' dtype, the same for the whole batch. Up to 64 are fast.
+        scale: factor of the dot products.
+
+    Returns:
+        [B, M, D] in tokens' dtype, contiguous: softmax over the N tokens of scale·⟨token, query⟩,
+        times the tokens. Zeros where there are no tokens, as the sum over none.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+
+    Equivalent to::
+
+        output = (scale * queries @ tokens.transpose(1, 2)).softmax(2) @ tokens
+
+    Source: VFM-Adapter (AAAI 2025), the query tokens of the parameter generator.
+    """
+    _contract.check_tensor(NAME, "tokens", tokens, "B, N, D")
+    _contract.check_tensor(NAME, "queries", queries, "M, D")
+    _contract.check_alike(NAME, tokens, first="tokens", queries=queries)
+    if queries.shape[1] != tokens.shape[2]:
+        raise ValueError(
+            f"{NAME}: queries are {queries.shape[1]} wide, tokens are {tokens.shape[2]}"
+        )
+    scale = _contract.as_float(NAME, "scale", scale)
+    tokens, queries = _contract.autocast(tokens, queries)  # type: ignore[assignment]
+    return torch.ops.vfmk.attention_pool(tokens, queries, scale)[0]
+
+
+@torch.library.custom_op(f"vfmk::{NAME}", mutates_args=())
+def _forward(tokens: Tensor, queries: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    output, log_sum_exp = _empty_output(tokens, queries, scale)
+    kernel = _backends.kernel(NAME, "forward", tokens, queries)
+    if tokens.numel() > 0 and queries.numel() > 0:
+        readable = _contract.dense_last(tokens)
+        kernel(readable, queries.contiguous(), scale, output, log_sum_exp)
+    else:
+        output.zero_()
+        log_sum_exp.fill_(-torch.inf)
+    return output, log_sum_exp
+
+
+@_forward.register_fake
+def _empty_output(tokens: Tensor, queries: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """The output, and for backward the logarithm of each query's sum: [B, M]."""
+    shape = (tokens.shape[0], queries.shape[0])
+    dtype = torch.float64 if tokens.dtype == torch.float64 else torch.float32
+    output = tokens.new_empty((*shape, tokens.shape[2]))
+    return output, tokens.new_empty(shape, dtype=dtype)
+
+
+@torch.library.custom_op(f"vfmk::{NAME}_backward", mutates_args=())
+def _backward(
+    grad_output: Tensor,
+    tokens: Tensor,
+    queries: Tensor,
+    output: Tensor,
+    log_sum_exp: Tensor,
+    scale: float,
+    wanted: Sequence[bool],
+) -> tuple[Tensor, Tensor]:
+    gradients = _empty_gradients(grad_output, tokens, queries, output, log_sum_exp, scale, wanted)
+    kernel = _backends.kernel(NAME, "backward", tokens, queries)
+    if tokens.numel() > 0 and queries.numel() > 0:
+        kernel(
+            _contract.dense_last(grad_output), _contract.dense_last(tokens), queries.contiguous(),
+            output, log_sum_exp, scale,
+            *(gradient if want else None for gradient, want in zip(gradients, wanted, strict=True)),
+        )  # fmt: skip
+    else:
+        for gradient in gradients:
+            gradient.zero_()
+    return gradients
+
+
+@_backward.register_fake
+def _empty_gradients(
+    grad_output: Tensor,
+    tokens: Tensor,
+    queries: Tensor,
+    output: Tensor,
+    log_sum_exp: Tensor,
+    scale: float,
+    wanted: Sequence[bool],
+) -> tuple[Tensor, Tensor]:
+    """A dense tensor for each gradient, empty ([0]) for those that nobody wants."""
+    return (
+        tokens.new_empty(tokens.shape if wanted[0] else 0),
+        queries.new_empty(queries.shape if wanted[1] else 0),
+    )
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    tokens, queries, ctx.scale = inputs
+    ctx.save_for_backward(tokens, queries, *output)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _gradients(ctx, grad_output: Tensor, _: Tensor | None):  # type: ignore[no-untyped-def]
+    wanted = list(ctx.needs_input_grad[:2])
+    gradients = torch.ops.vfmk.attention_pool_backward(
+        grad_output, *ctx.saved_tensors, ctx.scale, wanted
+    )
+    return (
+        *(gradient if want else None for gradient, want in zip(gradients, wanted, strict=True)),
+        None,
+    )
+
+
+_forward.register_autograd(_gradients, setup_context=_setup_context)
+
+
+def _not_supported(device: str, tokens: Tensor, queries: Tensor) -> str:
+    if tokens.device.type != device:
+        return f"tokens are on {tokens.device}"
+    return "float64 has the reference alone" if tokens.dtype == torch.float64 else ""
+
+
+def _not_supported_by_triton(tokens: Tensor, queries: Tensor) -> str:
+    device = "cpu" if _backends.interpreted() else "cuda"
+    if reason := _not_supported(device, tokens, queries):
+        return reason
+    from vfmk.kernels import attention_pool as kernels
+
+    return kernels.not_supported(tokens, queries)
+
+
+_backends.register(
+    NAME,
+    {
+        "triton": _backends.module(f"vfmk.kernels.{NAME}", _not_supported_by_triton),
+        "cpu": _backends.native(NAME, functools.partial(_not_supported, "cpu")),
+        "reference": _backends.module(f"vfmk.reference.{NAME}", lambda tokens, queries: ""),
+    },
+)
