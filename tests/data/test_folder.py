@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vfmk.data import DataError
 from vfmk.data.folder import load_folder
 from vfmk.data.sample import Sample
 
@@ -86,7 +87,7 @@ def test_images_and_masks_in_their_own_folders(triple):
 def test_missing_folder_and_folder_without_images(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere is not a folder"):
         load_folder(tmp_path / "nowhere")
-    with pytest.raises(FileNotFoundError, match=r"has no image \(\.jpeg, \.jpg\)"):
+    with pytest.raises(DataError, match=r"has no image \(\.jpeg, \.jpg\)"):
         load_folder(tmp_path)
 
 

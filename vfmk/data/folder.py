@@ -1,88 +1,263 @@
-"""A folder of images and masks as samples.
+"""Images, each with a mask file, as a folder or as a manifest lists them.
+
+A folder (or its sub-folder `train`, `val` or `test`, as `split` says):
 
     X.jpg or X.jpeg   the image
-    X.png             its mask, the object brighter than half of the mask's maximum
+    X.png             its mask, see `vfmk.data.masks`
     X.txt             optional: `x,y` of a point on the object, or `x1,y1,x2,y2,x,y` with its box
-                      (which is not read); without the file the point is the mask's deepest
+                      (which is not read)
 
 Images may also lie in `images/` (there .png too) and masks in `masks/`, by the same stems.
+
+A manifest is a JSONL file, a line `{"id","dataset","split","image","mask","points":[[x,y],...],
+"labels":[1,...]}` with paths relative to it, of which `image` and `mask` are required.
 """
 
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+import torch
+from torchvision import tv_tensors
 
+from vfmk.data.dataset import (
+    DataError,
+    Item,
+    Record,
+    Target,
+    Task,
+    check_same_size,
+    read_image,
+    read_size,
+    skipping,
+    with_progress,
+)
+from vfmk.data.masks import OBJECT, MaskMeaning, read_mask
 from vfmk.data.sample import Sample, deepest_point
+
+PAIR_SUFFIXES = {".jpg", ".jpeg"}  # beside their masks, which are .png
+IMAGE_SUFFIXES = PAIR_SUFFIXES | {".png", ".bmp", ".tif", ".tiff", ".webp"}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """An image, its mask, and perhaps a point (x, y) with the place where it is written."""
+
+    image: Path
+    mask: Path
+    point: tuple[float, float] | None = None
+    point_source: str = ""
+
+
+@dataclass(frozen=True)
+class MaskedImage:
+    """A record of one pair, for the promptable and the semantic task."""
+
+    pair: Pair
+    task: Task
+    meaning: MaskMeaning
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        return str(self.pair.image), str(self.pair.mask)
+
+    def read(self) -> Item:
+        image = read_image(self.pair.image)
+        target: Target = {"files": self.files}
+        read = self.meaning.semantic if self.task == "semantic" else self.meaning.objects
+        mask = read(self.pair.mask)
+        check_same_size(self.pair.mask, mask.shape[-2:], self.pair.image, image.shape[-2:])
+        key = "semantic" if self.task == "semantic" else "masks"
+        target[key] = tv_tensors.Mask(torch.from_numpy(mask))
+        if self.task == "promptable" and self.pair.point is not None:
+            target["points"] = self._points(self.pair.point, mask)
+        return image, target
+
+    def _points(self, point: tuple[float, float], masks: np.ndarray) -> tv_tensors.KeyPoints:
+        """The point for the object that it lies on, NaN for the others."""
+        x, y = point
+        is_on = masks[:, int(y), int(x)]
+        if not is_on.any():
+            raise DataError(f"{self.pair.point_source}: ({x}, {y}) is outside the mask")
+        points = np.full((len(masks), 2), math.nan, np.float32)
+        points[is_on] = x, y
+        canvas_size = (masks.shape[1], masks.shape[2])
+        return tv_tensors.KeyPoints(torch.from_numpy(points), canvas_size=canvas_size)
+
+
+def masked_images(
+    pairs: Sequence[Pair],
+    task: Task,
+    skipped: list[str] | None,
+    classes: Sequence[str] | None = None,
+) -> tuple[list[Record], list[str]]:
+    """Records and class names. Reads every mask once, to learn what its values mean.
+
+    Raises:
+        DataError: unless into `skipped`; a task that masks alone do not give.
+    """
+    if task not in ("promptable", "semantic"):
+        raise DataError(
+            f"{task}: mask files name no instances with classes, expected COCO JSON or Pascal VOC"
+        )
+    usable, values, is_palette = [], {0}, False
+    for pair in with_progress(pairs, "reading masks"):
+        with skipping(skipped):
+            size = read_size(pair.image)
+            mask, has_palette = read_mask(pair.mask)
+            check_same_size(pair.mask, mask.shape, pair.image, size)
+            if pair.point is not None:
+                _check_inside(pair.point_source, pair.point, size)
+            if task == "promptable" and not mask.any():
+                raise DataError(f"{pair.mask} is empty, expected an object")
+            values.update(np.flatnonzero(np.bincount(mask.ravel())).tolist())
+            is_palette |= has_palette
+            usable.append(pair)
+    if task == "promptable":
+        return [MaskedImage(pair, task, MaskMeaning.of(values, is_palette)) for pair in usable], [
+            OBJECT
+        ]
+    meaning = MaskMeaning.of(values, is_palette, classes)
+    return [MaskedImage(pair, task, meaning) for pair in usable], list(meaning.classes)
+
+
+def has_pairs(folder: Path) -> bool:
+    """Whether there are `images/` and `masks/`, or an image beside a mask of its stem."""
+    if (folder / "images").is_dir() and (folder / "masks").is_dir():
+        return True
+    return any(
+        path.suffix.lower() in PAIR_SUFFIXES and path.with_suffix(".png").exists()
+        for path in folder.iterdir()
+    )
+
+
+def pairs_of_folder(folder: Path, skipped: list[str] | None) -> list[Pair]:
+    """Ordered by stem as a string."""
+    image_folder, mask_folder, suffixes = folder, folder, PAIR_SUFFIXES
+    if (folder / "images").is_dir():
+        image_folder, mask_folder, suffixes = folder / "images", folder / "masks", IMAGE_SUFFIXES
+    images = [p for p in image_folder.iterdir() if p.suffix.lower() in suffixes]
+    if not images:
+        raise DataError(f"{image_folder} has no image ({', '.join(sorted(suffixes))})")
+    masks = {p.stem: p for p in mask_folder.glob("*.png")} if mask_folder.is_dir() else {}
+    pairs: dict[str, Pair] = {}
+    for image in sorted(images, key=lambda p: (p.stem, p.suffix)):
+        with skipping(skipped):
+            if image.stem not in masks:
+                raise DataError(f"{image} has no mask {mask_folder / image.stem}.png")
+            if image.stem in pairs:
+                raise DataError(f"{image} has the stem of {pairs[image.stem].image}")
+            text = image.with_suffix(".txt")
+            point = _read_point(text) if text.exists() else None
+            pairs[image.stem] = Pair(image, masks[image.stem], point, str(text))
+    stems = {image.stem for image in images}
+    for stem, mask in sorted(masks.items()):
+        with skipping(skipped):
+            if stem not in stems:
+                raise DataError(f"{mask} has no image {image_folder / stem} ({sorted(suffixes)})")
+    return list(pairs.values())
+
+
+def pairs_of_manifest(path: Path, split: str | None, skipped: list[str] | None) -> list[Pair]:
+    """In the manifest's order.
+
+    Raises:
+        DataError: unless into `skipped`; no such split, or several and none is asked for.
+    """
+    lines: list[tuple[str, dict[str, Any]]] = []
+    try:
+        text = path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} is unreadable: {error}") from error
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.strip():
+            with skipping(skipped):
+                lines.append((f"{path}:{number}", _parse_line(f"{path}:{number}", line)))
+    splits = {str(entry["split"]) for _, entry in lines if "split" in entry}
+    if (split is None and len(splits) > 1) or (split is not None and split not in splits):
+        raise DataError(f"{path} has the splits {sorted(splits)}, asked for {split!r}")
+    pairs = []
+    for source, entry in lines:
+        if split is None or entry.get("split") == split:
+            with skipping(skipped):
+                point = _first_positive(source, entry)
+                image, mask = path.parent / entry["image"], path.parent / entry["mask"]
+                pairs.append(Pair(image, mask, point, source))
+    return pairs
 
 
 def load_folder(path: str | PathLike[str]) -> list[Sample]:
-    """All samples of a folder, ordered by stem as a string.
+    """All of a folder of one object an image, read, ordered by stem as a string.
+
+    Where there is no `X.txt`, the point is the mask's deepest.
 
     Raises:
-        FileNotFoundError: no such folder, or no image in it.
-        ValueError: naming the file that is missing, unreadable, or does not fit its image.
+        FileNotFoundError: no such folder.
+        DataError: no image in it; naming the file that is missing, unreadable, or does not fit its
+            image; a mask of several objects.
     """
     folder = Path(path)
-    image_folder, mask_folder, suffixes = folder, folder, {".jpg", ".jpeg"}
-    if (folder / "images").is_dir():
-        image_folder, mask_folder = folder / "images", folder / "masks"
-        suffixes = suffixes | {".png"}
-    if not image_folder.is_dir():
-        raise FileNotFoundError(f"load_folder: {image_folder} is not a folder")
-    images = [p for p in image_folder.iterdir() if p.suffix.lower() in suffixes]
-    if not images:
-        raise FileNotFoundError(
-            f"load_folder: {image_folder} has no image ({', '.join(sorted(suffixes))})"
-        )
-    return [
-        _load_sample(image, mask_folder / f"{image.stem}.png")
-        for image in sorted(images, key=lambda p: p.stem)
-    ]
+    if not folder.is_dir():
+        raise FileNotFoundError(f"load_folder: {folder} is not a folder")
+    records, _ = masked_images(pairs_of_folder(folder, None), "promptable", None)
+    samples = []
+    for record in records:
+        image, target = record.read()
+        image_path, mask_path = record.files
+        if len(target["masks"]) > 1:
+            raise DataError(f"{mask_path} has {len(target['masks'])} objects, expected 1")
+        mask = target["masks"][0].numpy()
+        point = target["points"][0].numpy() if "points" in target else deepest_point(mask)
+        pixels = np.ascontiguousarray(image.permute(1, 2, 0).numpy())
+        stem = Path(image_path).stem
+        samples.append(Sample(stem, pixels, mask, point[None], np.ones(1, np.int64)))
+    return samples
 
 
-def _load_sample(image_path: Path, mask_path: Path) -> Sample:
-    image = _read(image_path, "RGB")
-    if not mask_path.exists():
-        raise ValueError(f"load_folder: {image_path} has no mask {mask_path}")
-    grey = _read(mask_path, "L")
-    if grey.shape != image.shape[:2]:
-        raise ValueError(
-            f"load_folder: {mask_path} is {grey.shape[1]}x{grey.shape[0]} pixels, "
-            f"its image {image.shape[1]}x{image.shape[0]}"
-        )
-    if not grey.any():
-        raise ValueError(f"load_folder: {mask_path} is empty")
-    mask = grey > grey.max() / 2
-    point_path = image_path.with_suffix(".txt")
-    point = _read_point(point_path, mask) if point_path.exists() else deepest_point(mask)
-    return Sample(image_path.stem, image, mask, point[None], np.ones(1, np.int64))
-
-
-def _read(path: Path, mode: str) -> np.ndarray:
+def _read_point(path: Path) -> tuple[float, float]:
     try:
-        with Image.open(path) as file:
-            upright = ImageOps.exif_transpose(file)  # as the camera was held
-            return np.array(upright.convert(mode))
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"load_folder: {path} is unreadable: {error}") from error
-
-
-def _read_point(path: Path, mask: np.ndarray) -> np.ndarray:
-    text = path.read_text().strip()
-    try:
+        text = path.read_text().strip()
         numbers = [float(part) for part in text.split(",")]
+    except OSError as error:
+        raise DataError(f"{path} is unreadable: {error}") from error
     except ValueError:
         numbers = []
     if len(numbers) not in (2, 6):
-        raise ValueError(
-            f"load_folder: {path} must hold `x,y` or `x1,y1,x2,y2,x,y`, got {text[:60]!r}"
-        )
-    x, y = numbers[-2:]
-    height, width = mask.shape
+        raise DataError(f"{path} must hold `x,y` or `x1,y1,x2,y2,x,y`, got {text[:60]!r}")
+    return numbers[-2], numbers[-1]
+
+
+def _check_inside(source: str, point: tuple[float, float], size: tuple[int, int]) -> None:
+    (x, y), (height, width) = point, size
     if not (0 <= x < width and 0 <= y < height):
-        raise ValueError(f"load_folder: {path}: ({x}, {y}) is outside the {width}x{height} image")
-    if not mask[int(y), int(x)]:
-        raise ValueError(f"load_folder: {path}: ({x}, {y}) is outside the mask")
-    return np.array([x, y], np.float32)
+        raise DataError(f"{source}: ({x}, {y}) is outside the {width}x{height} image")
+
+
+def _parse_line(source: str, line: str) -> dict[str, Any]:
+    try:
+        entry = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{source} is not JSON: {error}") from error
+    for key in ("image", "mask"):
+        if not isinstance(entry, dict) or not isinstance(entry.get(key), str):
+            raise DataError(f"{source} must be an object whose {key!r} is a path")
+    return entry
+
+
+def _first_positive(source: str, entry: dict[str, Any]) -> tuple[float, float] | None:
+    points, labels = entry.get("points", []), entry.get("labels", [])
+    try:
+        for (x, y), label in zip(points, labels, strict=True):
+            if label == 1:
+                return float(x), float(y)
+    except (TypeError, ValueError):
+        raise DataError(
+            f"{source}: points must be [[x, y], ...] with a label each, "
+            f"got points {points} and labels {labels}"
+        ) from None
+    return None
