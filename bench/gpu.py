@@ -1,14 +1,17 @@
 """Everything a GPU is needed for, in one command and one JSON: `python -m bench.gpu`.
 
 Installs the package with a library for the GPU at hand, runs the tests marked `gpu`, then every
-benchmark, and writes bench/results/DEVICE-DATE.json with device, driver, versions and commit. It
-stays within ten minutes. `--dry-run` goes the same way on a CPU at tiny sizes, and keeps no result.
+benchmark, and writes bench/results/DEVICE-DATE.json with device, driver, versions and commit. Each
+stage has a time limit, ten minutes together; what was measured by then is written all the same. The
+exit status is 1 if a stage failed or was stopped. `--dry-run` goes the same way on a CPU at tiny
+sizes, and keeps no result.
 """
 
 import argparse
 import datetime
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -19,6 +22,8 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
+INSTALL_SECONDS, CHECK_SECONDS, TEST_SECONDS, BENCHMARK_SECONDS = 150, 30, 120, 270
+STOP_SECONDS = 10  # for pytest to write what it has
 
 
 def main() -> None:
@@ -33,16 +38,31 @@ def main() -> None:
         install()
     check_backends(("cpu",) if options.dry_run else ("cuda", "triton"))
     tests = run_tests(options.dry_run, options.k)
-    result = {**describe(), "tests": tests, "benchmarks": benchmarks(options.dry_run, options.k)}
+    passed, measured = benchmarks(options.dry_run, options.k)
+    failed = [stage for stage, ok in (("tests", tests["passed"]), ("bench", passed)) if not ok]
     if options.dry_run:
-        print(f"dry run: {len(result['benchmarks'])} benchmarks ran; no result is kept")
-        return
-    options.output.mkdir(parents=True, exist_ok=True)
-    device = result["device"].lower().replace(" ", "-")
-    path = options.output / f"{device}-{datetime.date.today()}.json"
-    path.write_text(json.dumps(result, indent=1))
-    print(f"wrote {path}")
-    subprocess.run([sys.executable, "-m", "bench.report", str(path)], cwd=ROOT, check=True)
+        print(f"dry run: {len(measured)} benchmarks ran; no result is kept")
+    else:
+        write({**describe(), "tests": tests, "benchmarks": measured}, options.output)
+    if failed:
+        sys.exit(f"bench.gpu: failed: {', '.join(failed)}")
+
+
+def run(command: list[str], seconds: float, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run a command in the root; past `seconds` it is interrupted, then killed, and has failed."""
+    process = subprocess.Popen(command, cwd=ROOT, text=True, **options)
+    try:
+        output, errors = process.communicate(timeout=seconds)
+        return subprocess.CompletedProcess(command, process.returncode, output, errors)
+    except subprocess.TimeoutExpired:
+        print(f"bench.gpu: stopped after {seconds} s: {' '.join(command)}", file=sys.stderr)
+        process.send_signal(signal.SIGINT)
+    try:
+        output, errors = process.communicate(timeout=STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        output, errors = process.communicate()
+    return subprocess.CompletedProcess(command, process.returncode or 1, output, errors)
 
 
 def install() -> None:
@@ -51,13 +71,16 @@ def install() -> None:
     environment = os.environ | {"TORCH_CUDA_ARCH_LIST": f"{major}.{minor}", "VFMK_CUDA": "1"}
     command = [sys.executable, "-m", "pip", "install", "--quiet"]
     command += ["--no-deps", "--no-build-isolation", "--editable", "."]
-    subprocess.run(command, cwd=ROOT, env=environment, check=True)
+    if run(command, INSTALL_SECONDS, env=environment).returncode != 0:
+        sys.exit("bench.gpu: the package could not be installed")
 
 
 def check_backends(needed: tuple[str, ...]) -> None:
     """Nothing is measured unless every operator can run on what is to be measured."""
     script = "import json, vfmk; print(json.dumps(vfmk.backends()))"
-    answer = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, check=True)
+    answer = run([sys.executable, "-c", script], CHECK_SECONDS, stdout=subprocess.PIPE)
+    if answer.returncode != 0:
+        sys.exit("bench.gpu: vfmk cannot be imported")
     for operator, backends in json.loads(answer.stdout).items():
         for backend in needed:
             if backends[backend] and "has no" not in backends[backend]:
@@ -68,26 +91,39 @@ def run_tests(dry_run: bool, expression: str) -> dict[str, Any]:
     """The tests that need a GPU; a dry run collects them."""
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-k", expression, "tests"]
     command += ["--collect-only"] if dry_run else ["-n", "8"]
-    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    finished = run(command, TEST_SECONDS, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     summary = finished.stdout.strip().splitlines()[-1]
     print(f"tests: {summary}")
     if finished.returncode != 0:
-        print(finished.stdout[-20_000:], finished.stderr[-2_000:])
+        print(finished.stdout[-20_000:])
     return {"passed": finished.returncode == 0, "summary": summary}
 
 
-def benchmarks(dry_run: bool, expression: str) -> list[dict[str, Any]]:
-    """Run bench/ under pytest-benchmark; one that fails is printed and left out."""
+def benchmarks(dry_run: bool, expression: str) -> tuple[bool, list[dict[str, Any]]]:
+    """Run bench/ under pytest-benchmark: whether all went well, and what was measured."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "benchmarks.json"
         command = [sys.executable, "-m", "pytest", "-q", "bench", "-k", expression]
         command += ["--benchmark-json", str(path), "--benchmark-columns=median"]
         command += ["--device=cpu", "--smoke"] if dry_run else ["--device=cuda"]
-        finished = subprocess.run(command, cwd=ROOT)
-        if dry_run and finished.returncode != 0:
-            sys.exit("bench.gpu: a benchmark failed")
-        measured = json.loads(path.read_text())["benchmarks"]
-    return [{key: entry[key] for key in ("group", "name", "extra_info")} for entry in measured]
+        passed = run(command, BENCHMARK_SECONDS).returncode == 0
+        written = path.read_text() if path.exists() else ""
+    measured = json.loads(written)["benchmarks"] if written else []
+    kept = [{key: entry[key] for key in ("group", "name", "extra_info")} for entry in measured]
+    return passed, [entry for entry in kept if entry["extra_info"]]
+
+
+def write(result: dict[str, Any], folder: Path) -> None:
+    """One JSON, whole or not at all, with its tables and plot."""
+    folder.mkdir(parents=True, exist_ok=True)
+    device = result["device"].lower().replace(" ", "-")
+    path = folder / f"{device}-{datetime.date.today()}.json"
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(result, indent=1))
+    partial.replace(path)
+    print(f"wrote {path}")
+    if result["benchmarks"]:
+        subprocess.run([sys.executable, "-m", "bench.report", str(path)], cwd=ROOT, check=True)
 
 
 def describe() -> dict[str, Any]:

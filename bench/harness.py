@@ -14,11 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.peak import peak_bytes
 from tests.operator_checks import relative_error
 
 CACHE_BYTES = 256 << 20  # more than the last-level cache of any GPU so far
 ROUNDS = 30
 ROUND_SECONDS = 2e-2  # a contender repeats its call until one turn takes about so long
+LONG_SECONDS = 0.5  # a call that takes so long loses nothing by a cold cache
 
 Function = Callable[..., Tensor]
 
@@ -29,7 +31,8 @@ class Case:
 
     `inputs()` makes fresh arguments, all of which get gradients. `bytes` and `flop` are what one
     call must at least move and compute; `tolerance` bounds each contender's relative error against
-    `reference` in float64. `floors` are timed too, but compute something less.
+    `reference`, which is given the arguments in `reference_dtype`. `floors` are timed too, but
+    compute something less. `memory` names those whose peak memory is measured on a CPU, too.
     """
 
     contenders: dict[str, Function]
@@ -40,6 +43,8 @@ class Case:
     flop: int
     tolerance: float
     floors: dict[str, Function] = field(default_factory=dict)
+    reference_dtype: torch.dtype = torch.float64
+    memory: Sequence[str] = ()
 
 
 def measure(benchmark: Any, case: Case, rounds: int = ROUNDS) -> None:
@@ -51,14 +56,11 @@ def measure(benchmark: Any, case: Case, rounds: int = ROUNDS) -> None:
         size = sum(tensor.nbytes for tensor in first)
         copies = max(2, -(-CACHE_BYTES // size))
     inputs = [first, *(case.inputs() for _ in range(copies - 1))]
-    for name, function in case.contenders.items():
-        _check(name, function, case, first)
-    calls = {
-        name: _calls(function, case.direction, inputs)
-        for name, function in (case.contenders | case.floors).items()
-    }
-    calls["copy"] = _copies(case.bytes, device)
-    turns = {name: _Turn(call, device) for name, call in calls.items()}
+    _check(case, first)
+    functions = case.contenders | case.floors
+    timed = {name: calls(function, case.direction, inputs) for name, function in functions.items()}
+    timed["copy"] = _copies(case.bytes, device)
+    turns = {name: _Turn(call, device) for name, call in timed.items()}
     ours, *peers = turns
 
     def let_peers_go() -> None:
@@ -79,7 +81,11 @@ def measure(benchmark: Any, case: Case, rounds: int = ROUNDS) -> None:
     }
     if device.type == "cuda":
         benchmark.extra_info["peak_bytes"] = {
-            name: _peak_bytes(call) for name, call in calls.items()
+            name: _cuda_peak_bytes(call) for name, call in timed.items()
+        }
+    elif case.memory:
+        benchmark.extra_info["peak_bytes"] = {
+            name: peak_bytes(functions[name], case.direction, first) for name in case.memory
         }
 
 
@@ -89,9 +95,12 @@ class _Turn:
     def __init__(self, calls: Callable[[], Any], device: torch.device) -> None:
         self.calls, self.device = calls, device
         self.repeats = 1
+        self.long = False
         self.seconds: list[float] = []
-        for _ in range(3):
-            once = self._time()
+        once = self._time()
+        self.long = once > LONG_SECONDS
+        if not self.long:
+            once = [self._time() for _ in range(2)][-1]
         self.repeats = max(1, round(ROUND_SECONDS / once))
 
     def go(self) -> None:
@@ -111,14 +120,15 @@ class _Turn:
             end.record()
             end.synchronize()
             return start.elapsed_time(end) / 1e3 / self.repeats
-        self.calls()  # the contender before has filled the cache with data of its own
+        if not self.long:
+            self.calls()  # the contender before has filled the cache with data of its own
         start_time = time.perf_counter()
         for _ in range(self.repeats):
             self.calls()
         return (time.perf_counter() - start_time) / self.repeats
 
 
-def _calls(
+def calls(
     function: Function, direction: str, inputs: Sequence[tuple[Tensor, ...]]
 ) -> Callable[[], Any]:
     """A call of no arguments that goes through `inputs` in turn."""
@@ -133,16 +143,18 @@ def _calls(
     # What a compiled contender saved for backward is needed again at the next call.
     torch._functorch.config.donated_buffer = False
     leaves = [tuple(t.detach().requires_grad_() for t in args) for args in inputs]
-    outputs = [function(*args) for args in leaves]
-    cotangents = [torch.randn_like(output) for output in outputs]
     if direction == "both":
-        outputs.clear()
+        # One by one: the graphs of all copies would not fit beside each other.
+        cotangents = [torch.randn_like(function(*args)) for args in leaves]
 
         def both() -> tuple[Tensor, ...]:
             i = next(rotation)
             return torch.autograd.grad(function(*leaves[i]), leaves[i], cotangents[i])
 
         return both
+
+    outputs = [function(*args) for args in leaves]
+    cotangents = [torch.randn_like(output) for output in outputs]
 
     def backward() -> tuple[Tensor, ...]:
         i = next(rotation)
@@ -151,18 +163,25 @@ def _calls(
     return backward
 
 
-def _check(name: str, function: Function, case: Case, args: tuple[Tensor, ...]) -> None:
-    """Output and gradients of a contender, before it is timed."""
-    results = []
-    for contender, tensors in ((function, args), (case.reference, [a.double() for a in args])):
-        leaves = [tensor.detach().requires_grad_() for tensor in tensors]
-        output = contender(*leaves)
-        cotangent = torch.ones_like(output).cumsum(-1).remainder(3) - 1
-        results.append([output, *torch.autograd.grad(output, leaves, cotangent)])
-    for actual, truth in zip(*results, strict=True):
-        error = relative_error(actual, truth)
-        if not error <= case.tolerance:
-            raise AssertionError(f"{name} is wrong: relative error {error:.2e}")
+def _check(case: Case, args: tuple[Tensor, ...]) -> None:
+    """Each contender's output, and its gradients unless only forward is timed, beforehand."""
+    truth = _results(case, case.reference, [arg.to(case.reference_dtype) for arg in args])
+    for name, function in case.contenders.items():
+        for actual, true in zip(_results(case, function, args), truth, strict=True):
+            error = relative_error(actual, true)
+            if not error <= case.tolerance:
+                raise AssertionError(f"{name} is wrong: relative error {error:.2e}")
+
+
+def _results(case: Case, function: Function, args: Sequence[Tensor]) -> list[Tensor]:
+    if case.direction == "forward":
+        with torch.no_grad():
+            return [function(*args)]
+    leaves = [tensor.detach().requires_grad_() for tensor in args]
+    output = function(*leaves)
+    generator = torch.Generator().manual_seed(0)
+    cotangent = torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output)
+    return [output.detach(), *torch.autograd.grad(output, leaves, cotangent)]
 
 
 def _copies(total_bytes: int, device: torch.device) -> Callable[[], Any]:
@@ -182,7 +201,7 @@ def _copies(total_bytes: int, device: torch.device) -> Callable[[], Any]:
     return copy
 
 
-def _peak_bytes(call: Callable[[], Any]) -> int:
+def _cuda_peak_bytes(call: Callable[[], Any]) -> int:
     """Device memory of one call above what stood before it."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()

@@ -23,7 +23,11 @@ def table(entries: list[dict[str, Any]]) -> str:
     peers = list(dict.fromkeys(p for e in entries for p in e["extra_info"]["median_seconds"]))
     ours, *peers = (p for p in peers if p not in PEERS_NOT_COMPARED)
     header = ["case", "direction", f"{ours}, ms", *(f"{p} ÷ {ours}" for p in peers)]
-    rows = [[*header, f"copy ÷ {ours}", "TFLOP/s"], ["---"] * (len(header) + 2)]
+    header += [f"copy ÷ {ours}", "TFLOP/s"]
+    with_memory = any("peak_bytes" in entry["extra_info"] for entry in entries)
+    if with_memory:
+        header.append("peak memory, MiB")
+    rows = [header, ["---"] * len(header)]
     for entry in entries:
         info = entry["extra_info"]
         medians = info["median_seconds"]
@@ -36,9 +40,19 @@ def table(entries: list[dict[str, Any]]) -> str:
                 *relative,
                 f"{info['share_of_copy']:.2f}",
                 f"{info['flop_per_second'] / 1e12:.2f}",
+                *([memory(info.get("peak_bytes", {}))] if with_memory else []),
             ]
         )
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def memory(peak_bytes: dict[str, int]) -> str:
+    """Of each contender, above what stood before the call."""
+    return ", ".join(
+        f"{name} {size / 2**20:,.0f}"
+        for name, size in peak_bytes.items()
+        if name not in PEERS_NOT_COMPARED
+    )
 
 
 def plot(entries: list[dict[str, Any]], path: Path) -> None:

@@ -537,7 +537,7 @@ def _backward_keys(
         grad_value += _first(grad_value_strides, batch, top + row, left + column, head)
         offsets = y * grad_value_strides[1] + x * grad_value_strides[2]
         _store(grad_value, offsets, exists, value_sums, HEAD_WIDTH)
-    part = (batch * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * heads + head
+    part = (batch.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * heads + head
     if grad_pad_key is not None:
         _store_pad_sum(grad_pad_key + part * HEAD_WIDTH, exists, key_sums, HEAD_WIDTH)
     if grad_pad_value is not None:
@@ -841,7 +841,11 @@ def backward(
     height_terms = scratch(window_size[0])
     width_terms = scratch(window_size[1], dtype=relative.dtype)
     token_blocks = (triton.cdiv(height * width, _BLOCK_TOKENS), heads, batch)
-    blocks = {"BLOCK_TOKENS": _BLOCK_TOKENS, "BLOCK_POSITIONS": _BLOCK_POSITIONS}
+    blocks = {
+        "BLOCK_TOKENS": _BLOCK_TOKENS,
+        "BLOCK_POSITIONS": _BLOCK_POSITIONS,
+        "enable_fp_fusion": True,
+    }
     with torch.cuda.device_of(query):
         _backward_prepare[token_blocks](
             *(grad_output, output, relative, logsumexp, height_terms, width_terms, delta),

@@ -21,6 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 CAPABILITIES = (80, 86, 89, 90, 100, 120)
 
@@ -72,16 +73,27 @@ def recorded() -> Iterator[list[Launch]]:
 
 
 def compiled(launch: Launch, capability: int) -> Code:
-    signature, constants, attributes = {}, {}, {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+
+    def kind(value: Any, by_value: bool, path: tuple[int, ...]) -> Any:
+        if isinstance(value, tuple):
+            return tuple(kind(item, by_value, (*path, i)) for i, item in enumerate(value))
+        name, aligned = _specialized(value, by_value)
+        if name == "constexpr":
+            constants[path] = value
+        elif aligned:
+            attributes[path] = [["tt.divisibility", 16]]
+        return name
+
+    signature = {}
     for index, parameter in enumerate(launch.kernel.params):
         value = launch.arguments[parameter.name]
-        kind, aligned = _specialized(value, not parameter.do_not_specialize)
-        if parameter.is_constexpr or kind == "constexpr":
-            constants[parameter.name] = value
-            kind = "constexpr"
-        elif aligned:
-            attributes[index,] = [["tt.divisibility", 16]]
-        signature[parameter.name] = kind
+        if parameter.is_constexpr:
+            signature[parameter.name] = "constexpr"
+            constants[index,] = value
+        else:
+            signature[parameter.name] = kind(value, not parameter.do_not_specialize, (index,))
     source = ASTSource(launch.kernel, signature, constants, attributes)
     with tempfile.TemporaryDirectory() as folder, triton.knobs.cache.scope():
         triton.knobs.cache.dir = folder
@@ -98,6 +110,9 @@ def _specialized(value: Any, by_value: bool) -> tuple[str, bool]:
     if isinstance(value, torch.Tensor):
         offset = value.storage_offset() * value.element_size()
         return "*" + _TYPES[value.dtype], offset % 16 == 0
+    if isinstance(value, TensorDescriptor):
+        block = ",".join(map(str, value.block_shape))
+        return f"tensordesc<{_TYPES[value.base.dtype]}[{block}]>", False
     if value is None or (by_value and value == 1):
         return "constexpr", False
     if isinstance(value, float):

@@ -89,7 +89,8 @@ class AcceleratedEncoder(ImageEncoderViT):
                 f"accelerate: the image is {x.shape[2]}×{x.shape[3]}; patches of"
                 f" {patch[0]}×{patch[1]} do not divide it"
             )
-        x = self.patch_embed(x)
+        # A permuted view; sums would keep its strides, and each LayerNorm copy them straight.
+        x = self.patch_embed(x).contiguous()
         if self.pos_embed is not None:
             x = x + _resized(self.pos_embed, (x.shape[1], x.shape[2]))
         for block in self.blocks:
