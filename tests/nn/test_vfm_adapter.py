@@ -124,6 +124,29 @@ def test_starts_as_the_zero_function(name):
     assert torch.equal(stack(u, u, 0, "mlp"), u)
 
 
+@pytest.mark.parametrize("scale", [1.0, 0.37])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("channels_first", [False, True])
+def test_a_new_adapter_changes_no_bit_and_no_layout(channels_first, dtype, scale):
+    stack = VFMAdapterStack(WIDTH, (0,), VFMAdapterConfig(rank=8, scale=scale)).to(dtype).eval()
+    x, u = 30 * tokens().to(dtype), tokens().to(dtype)
+    if channels_first:  # in memory, as SAM's patch embedding leaves it
+        x = x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
+    output = stack(x, u, 0, "attn")
+    assert torch.equal(output, x)
+    assert output.stride() == x.stride()
+
+
+def test_autocast_leaves_the_residual_in_float32():
+    stack = random_stack(CONFIGS["dynamic"]).float()
+    x = tokens().float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = stack(x, x, 0, "attn")
+    assert output.dtype == torch.float32
+    exact = stack(x, x, 0, "attn")
+    assert (output - exact).norm() < 0.02 * exact.norm()
+
+
 def test_only_the_chosen_places_have_adapters():
     stack = VFMAdapterStack(WIDTH, (1,), VFMAdapterConfig(rank=8, sublayers=("mlp",)))
     u = tokens().float()

@@ -69,6 +69,6 @@ def test_refuses_when_there_is_nothing_to_do():
 def test_a_loss_that_is_not_finite_names_the_samples():
     adapted = adapted_tiny()
     with torch.no_grad():
-        adapted.adapters.layers["0"]["attn"].up.bias.fill_(float("nan"))
+        adapted.adapters["default"].layers["0"]["attn"].up.bias.fill_(float("nan"))
     with pytest.raises(FloatingPointError, match="at step 0, samples train-0-0000, train-0-0000"):
         list(finetune(adapted, demo_scenes("train", 1), steps=1, batch_size=2))

@@ -5,11 +5,14 @@ Prediction with Dynamic Hybrid Operation Mapping".
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vfmk import ops
 from vfmk.nn.config import VFMAdapterConfig
 from vfmk.nn.hypernetwork import Hypernetwork
+
+ALIGNMENT = 8  # columns: GPU matrix products are fast where rows begin at multiples of 16 bytes
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -28,6 +31,7 @@ class VFMAdapter(nn.Module):
         super().__init__()
         rank, tokens = config.rank, config.token_dim
         self.num_heads = config.num_heads
+        self.scale = config.scale
         self.dynamic = config.conv == "depthwise"
         self.down = nn.Linear(width, rank)  # W_d, b_d
         self.up = nn.Linear(rank, width)  # W_u, b_u
@@ -60,14 +64,15 @@ class VFMAdapter(nn.Module):
         nn.init.zeros_(self.up.bias)
 
     def forward(
-        self, u: Tensor, queries: Tensor | None, hypernetwork: Hypernetwork | None
+        self, x: Tensor, u: Tensor, queries: Tensor | None, hypernetwork: Hypernetwork | None
     ) -> Tensor:
-        """u [B, H, W, C], the sub-layer's normalised input → [B, H, W, C].
+        """x + s·A(u), where u is the sub-layer's normalised input. All are [B, H, W, C].
 
         `queries` [M, D] and `hypernetwork` are shared between adapters; None if conv is "static".
         """
-        kernels = self._generate(u, queries, hypernetwork) if self.dynamic else self.kernels
-        hidden = quick_gelu(self.down(u))  # [B, H, W, r]
+        hidden, tokens = self._project(u)
+        hidden = quick_gelu(hidden)
+        kernels = self.kernels if tokens is None else self._generate(tokens, queries, hypernetwork)
         channels_last = hidden.permute(0, 3, 1, 2)
         mixed = ops.dynamic_depthwise_conv2d(channels_last, kernels).permute(0, 2, 3, 1)
         if self.qkv is not None:
@@ -75,16 +80,50 @@ class VFMAdapter(nn.Module):
                 hidden.flatten(1, 2), self.qkv.weight, self.qkv.bias, self.num_heads
             )
             mixed = mixed + attended.view_as(mixed)
-        return self.up(self.dropout(quick_gelu(mixed)))
+        return self._add_up(x, self.dropout(quick_gelu(mixed)))
+
+    def _project(self, u: Tensor) -> tuple[Tensor, Tensor | None]:
+        """W_d u + b_d [B, H, W, r] and W_m1 u + b_m1 [B, H, W, D], reading u once."""
+        if not self.dynamic:
+            return self.down(u), None
+        first = self.to_tokens[0]
+        assert isinstance(first, nn.Linear)
+        weight = torch.cat([self.down.weight, first.weight])
+        bias = torch.cat([self.down.bias, first.bias])
+        hidden, tokens = F.linear(u, weight, bias).split(
+            [self.down.out_features, first.out_features], dim=-1
+        )
+        return hidden, tokens
 
     def _generate(
-        self, u: Tensor, queries: Tensor | None, hypernetwork: Hypernetwork | None
+        self, tokens: Tensor, queries: Tensor | None, hypernetwork: Hypernetwork | None
     ) -> Tensor:
         assert queries is not None
         assert hypernetwork is not None
-        tokens = self.to_tokens(u.flatten(1, 2))  # p: [B, N, D]
+        tokens = self.to_tokens[2](F.relu(tokens)).flatten(1, 2)  # p: [B, N, D]
         code = ops.attention_pool(tokens, queries).sum(1)  # z: [B, D]
         return hypernetwork(code)
+
+    def _add_up(self, x: Tensor, g: Tensor) -> Tensor:
+        """x + s·(W_u g + b_u) as a matrix product onto x: nothing of x's size but the output.
+
+        The bias is a column of W_u, against ones in g. In x's dtype, since autocast would round x,
+        and in its memory layout: SAM's tokens are [B, C, H, W] in memory, as its convolution left
+        them, and its neck computes other bits on another layout.
+        """
+        with torch.autocast(x.device.type, enabled=False):
+            g = F.pad(g.to(x.dtype).flatten(1, 2), (0, ALIGNMENT), value=1.0)  # [B, N, r + 8]
+            weight = torch.cat([self.up.weight, self.up.bias[:, None]], dim=1).to(x.dtype)
+            weight = F.pad(weight, (0, ALIGNMENT - 1))  # [C, r + 8]
+            rows = x.flatten(1, 2)  # [B, N, C]
+            if rows.mT.is_contiguous():
+                weight = weight.expand(len(x), -1, -1)
+                output = torch.baddbmm(rows.mT, weight, g.mT, alpha=self.scale).mT
+            else:
+                output = torch.addmm(
+                    rows.flatten(0, 1), g.flatten(0, 1), weight.T, alpha=self.scale
+                )
+            return output.view(x.shape)
 
 
 class VFMAdapterStack(nn.Module):
@@ -126,4 +165,4 @@ class VFMAdapterStack(nn.Module):
             return x
         hypernetwork = self.hypernetworks[sublayer] if self.hypernetworks else None
         adapter = self.layers[str(layer)][sublayer]  # type: ignore[index]
-        return torch.add(x, adapter(u, self.queries, hypernetwork), alpha=self.config.scale)
+        return adapter(x, u, self.queries, hypernetwork)

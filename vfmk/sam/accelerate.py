@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, TypeVar
 from torch import nn
 
 from vfmk.sam.adapt import AdaptedSam
+from vfmk.sam.base import image_encoder_of
 
 if TYPE_CHECKING:
     from segment_anything.modeling import ImageEncoderViT
@@ -58,7 +59,7 @@ def _encoder_of(operator: str, model: nn.Module) -> "ImageEncoderViT":
 
     if isinstance(model, AdaptedSam):
         model = model.sam
-    encoder = model.image_encoder if isinstance(model, Sam) else model
+    encoder = image_encoder_of(model) if isinstance(model, Sam) else model
     if not isinstance(encoder, ImageEncoderViT):
         raise TypeError(
             f"{operator}: model must be a Sam, an ImageEncoderViT or an AdaptedSam,"

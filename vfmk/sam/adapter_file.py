@@ -9,7 +9,8 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -29,12 +30,24 @@ REPLACES_KEY = "replaces"  # SHA-256 of the adapter_config.json that a save foun
 ADAPTER_TYPE = "VFM_ADAPTER"
 
 
-def save_adapter(
-    directory: str | os.PathLike[str],
-    config: VFMAdapterConfig,
-    tensors: Mapping[str, Tensor],
-    base_fingerprint: str,
-) -> None:
+@dataclass(frozen=True)
+class SavedAdapter:
+    """An adapter and what it goes with.
+
+    Args:
+        config: its shape.
+        tensors: by name: "adapters.…" and, of modules_to_save, "modules.PATH.…".
+        base_fingerprint: of the base that it was trained on.
+        peft_layers: the layers of that base that peft had wrapped.
+    """
+
+    config: VFMAdapterConfig
+    tensors: Mapping[str, Tensor]
+    base_fingerprint: str
+    peft_layers: Sequence[str]
+
+
+def save_adapter(directory: str | os.PathLike[str], adapter: SavedAdapter) -> None:
     """Write the folder, made if need be. An adapter already in it is replaced whole."""
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
@@ -42,22 +55,22 @@ def save_adapter(
         {
             "adapter_type": ADAPTER_TYPE,
             "vfmk_version": version("vfmk"),
-            "base_fingerprint": base_fingerprint,
-            "parameters": sum(tensor.numel() for tensor in tensors.values()),
-            "config": dataclasses.asdict(config),
+            "torch_version": torch.__version__,
+            "base_fingerprint": adapter.base_fingerprint,
+            "peft_layers": adapter.peft_layers,
+            "parameters": sum(tensor.numel() for tensor in adapter.tensors.values()),
+            "config": dataclasses.asdict(adapter.config),
         },
         indent=2,
     )
-    dense = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+    dense = {name: tensor.detach().contiguous().cpu() for name, tensor in adapter.tensors.items()}
     metadata = {METADATA_KEY: document, REPLACES_KEY: _sha256(folder / CONFIG)}
     write_whole(folder / WEIGHTS, save(dense, metadata=metadata))
     write_whole(folder / CONFIG, document.encode())
 
 
-def load_adapter(
-    directory: str | os.PathLike[str],
-) -> tuple[VFMAdapterConfig, dict[str, Tensor], str]:
-    """Configuration, tensors and the fingerprint of the base they were trained on.
+def load_adapter(directory: str | os.PathLike[str]) -> SavedAdapter:
+    """What `save_adapter` wrote.
 
     Raises:
         FileNotFoundError: a file of the folder is missing.
@@ -85,26 +98,12 @@ def load_adapter(
         )
     try:
         config = VFMAdapterConfig(**document["config"])
-        return config, tensors, document["base_fingerprint"]
+        return SavedAdapter(config, tensors, document["base_fingerprint"], document["peft_layers"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"load_adapter: {weights}, of vfmk {document.get('vfmk_version')}, has no configuration"
             f" that this version reads: {error!r}"
         ) from None
-
-
-def fingerprint(state_dict: Mapping[str, Tensor]) -> str:
-    """SHA-256 of the names, shapes and values of a model.
-
-    Values are rounded to bfloat16 first, so a model cast from float32 to bfloat16 is the same base.
-    """
-    digest = hashlib.sha256()
-    for name in sorted(state_dict):
-        tensor = state_dict[name]
-        digest.update(f"{name}{list(tensor.shape)}".encode())
-        rounded = tensor.detach().to("cpu", torch.bfloat16).contiguous()
-        digest.update(rounded.flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def _parsed(path: Path, text: str | bytes) -> dict[str, Any]:

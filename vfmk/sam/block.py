@@ -4,6 +4,7 @@ Modules take these classes in place (`module.__class__`) and give them back, so 
 state-dict keys, hooks, modes and wrapped layers are those of the modules they were.
 """
 
+import torch
 import torch.nn.functional as F
 from segment_anything.modeling.image_encoder import (
     Attention,
@@ -13,6 +14,7 @@ from segment_anything.modeling.image_encoder import (
     window_unpartition,
 )
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from vfmk import ops
 from vfmk.nn.vfm_adapter import VFMAdapterStack
@@ -57,16 +59,23 @@ class VfmkBlock(Block):
     # In a tuple, so that the base does not register what belongs to AdaptedSam.
     _adapters: tuple[VFMAdapterStack, ...] = ()
     _layer: int
+    _checkpointed = False
 
     def forward(self, x: Tensor) -> Tensor:
+        if self._checkpointed and torch.is_grad_enabled():
+            # The backward computes with these adapters, whichever are active by then.
+            return checkpoint(self._compute, x, self._adapters, use_reentrant=False)
+        return self._compute(x, self._adapters)
+
+    def _compute(self, x: Tensor, stacks: tuple[VFMAdapterStack, ...]) -> Tensor:
         u = self.norm1(x)
         x = x + self._attend(u)
-        for adapters in self._adapters:
-            x = adapters(x, u, self._layer, "attn")
+        for stack in stacks:
+            x = stack(x, u, self._layer, "attn")
         u = self.norm2(x)
         x = x + self.mlp(u)
-        for adapters in self._adapters:
-            x = adapters(x, u, self._layer, "mlp")
+        for stack in stacks:
+            x = stack(x, u, self._layer, "mlp")
         return x
 
     def _attend(self, u: Tensor) -> Tensor:
@@ -138,10 +147,17 @@ def enable_adapters(encoder: ImageEncoderViT, adapters: VFMAdapterStack | None) 
         block._adapters = () if adapters is None else (adapters,)
 
 
+def checkpoint_blocks(encoder: ImageEncoderViT, on: bool) -> None:
+    """Keep the input of each block alone for the backward, which computes the rest again."""
+    for block in encoder.blocks:
+        block._checkpointed = on
+
+
 def remove_adapters(encoder: ImageEncoderViT) -> None:
     """Take the adapters out for good."""
     for block in encoder.blocks:
         del block._adapters, block._layer
+        vars(block).pop("_checkpointed", None)
         _give_back(block)
 
 
