@@ -98,7 +98,7 @@ def _specialized(value: Any, by_value: bool) -> tuple[str, bool]:
     if isinstance(value, torch.Tensor):
         offset = value.storage_offset() * value.element_size()
         return "*" + _TYPES[value.dtype], offset % 16 == 0
-    if value is None or (by_value and value == 1):
+    if value is None or isinstance(value, str) or (by_value and value == 1):
         return "constexpr", False
     if isinstance(value, float):
         return "fp32", False

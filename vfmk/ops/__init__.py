@@ -1,7 +1,13 @@
 """The operators: contract, checks, autograd, autocast. What runs them is `vfmk.backends()`'s."""
 
+from vfmk.ops.dynamic_conv2d import dynamic_conv2d
 from vfmk.ops.dynamic_depthwise_conv2d import dynamic_depthwise_conv2d
 from vfmk.ops.rel_pos_attention import rel_pos_attention
 from vfmk.ops.window_rel_pos_attention import window_rel_pos_attention
 
-__all__ = ["dynamic_depthwise_conv2d", "rel_pos_attention", "window_rel_pos_attention"]
+__all__ = [
+    "dynamic_conv2d",
+    "dynamic_depthwise_conv2d",
+    "rel_pos_attention",
+    "window_rel_pos_attention",
+]
