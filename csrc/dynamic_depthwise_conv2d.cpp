@@ -4,13 +4,13 @@
 
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
 #include <vector>
 
 #include "library.h"
+#include "tensors.h"
 
 #if defined(VFMK_WITH_CUDA)
 // Exported by libtorch_cuda alone: null under a CPU-only torch, where the library loads as well.
@@ -63,22 +63,8 @@ void backward(const Problem& problem, const Backward& arguments) {
 
 namespace {
 
-using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Sizes = std::vector<int64_t>;
-
-DType dtype_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return DType::float32;
-    case ScalarType::Half:
-      return DType::float16;
-    case ScalarType::BFloat16:
-      return DType::bfloat16;
-    default:
-      STD_TORCH_CHECK(false, "dynamic_depthwise_conv2d: unsupported dtype");
-  }
-}
 
 Strides dense(bool channels_last, int64_t channels, int64_t height, int64_t width) {
   if (channels_last) return {height * width * channels, 1, width * channels, channels};
@@ -90,7 +76,7 @@ Strides dense(bool channels_last, int64_t channels, int64_t height, int64_t widt
 Problem describe(const Tensor& input, const Tensor& weight, const Sizes& padding,
                  const Sizes& dilation, const Tensor& image) {
   Problem problem{};
-  problem.dtype = dtype_of(input);
+  problem.dtype = dtype_of(input, "dynamic_depthwise_conv2d");
   problem.channels_last = input.stride(3) != 1;
   problem.shared_weight = weight.size(0) == 1;
   problem.batch = input.size(0);
@@ -115,15 +101,6 @@ Problem describe(const Tensor& input, const Tensor& weight, const Sizes& padding
 
 bool is_shared(const std::optional<Tensor>& bias) { return bias && bias->size(0) == 1; }
 
-const void* data(const std::optional<Tensor>& tensor) {
-  return tensor ? tensor->const_data_ptr() : nullptr;
-}
-
-// An empty gradient is not computed either: its pointer is null.
-void* mutable_data(const std::optional<Tensor>& tensor) {
-  return tensor && tensor->numel() > 0 ? tensor->mutable_data_ptr() : nullptr;
-}
-
 Backward pointers(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
                   const std::optional<Tensor>& grad_input, const std::optional<Tensor>& grad_weight,
                   const std::optional<Tensor>& grad_bias, const Tensor& workspace) {
@@ -134,10 +111,6 @@ Backward pointers(const Tensor& grad_output, const Tensor& input, const Tensor& 
           mutable_data(grad_weight),
           mutable_data(grad_bias),
           static_cast<float*>(workspace.mutable_data_ptr())};
-}
-
-Tensor new_workspace(int64_t floats, const Tensor& like) {
-  return torch::stable::empty({floats}, ScalarType::Float, std::nullopt, like.device());
 }
 
 void forward_cpu(Tensor input, Tensor weight, std::optional<Tensor> bias, Sizes padding,

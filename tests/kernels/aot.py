@@ -113,7 +113,7 @@ def _specialized(value: Any, by_value: bool) -> tuple[str, bool]:
     if isinstance(value, TensorDescriptor):
         block = ",".join(map(str, value.block_shape))
         return f"tensordesc<{_TYPES[value.base.dtype]}[{block}]>", False
-    if value is None or (by_value and value == 1):
+    if value is None or isinstance(value, str) or (by_value and value == 1):
         return "constexpr", False
     if isinstance(value, float):
         return "fp32", False

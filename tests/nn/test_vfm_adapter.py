@@ -15,6 +15,12 @@ CONFIGS = {
     "dynamic, local": VFMAdapterConfig(
         rank=8, token_dim=12, low_dim=4, num_queries=5, kernel_size=5, global_branch=False
     ),
+    "dense": VFMAdapterConfig(
+        rank=8, token_dim=12, low_dim=4, num_queries=5, num_heads=2, conv="dense"
+    ),
+    "dense, local": VFMAdapterConfig(
+        rank=6, token_dim=12, low_dim=4, num_queries=5, conv="dense", global_branch=False
+    ),
     "static": VFMAdapterConfig(rank=8, conv="static", scale=0.5),
 }
 
@@ -48,7 +54,7 @@ def by_hand(stack: VFMAdapterStack, u: torch.Tensor, layer: str, sublayer: str) 
     outputs = []
     for sample in u:
         if config.conv == "static":
-            kernels = adapter.kernels[0]
+            kernels = adapter.kernels[0].flatten(1)
         else:
             hypernetwork = stack.hypernetworks[sublayer]
             flat = sample.reshape(-1, WIDTH)
@@ -57,15 +63,13 @@ def by_hand(stack: VFMAdapterStack, u: torch.Tensor, layer: str, sublayer: str) 
             a = a / a.sum(0, keepdim=True)  # over the N tokens
             z = sum(a[n, m] * p[n] for m in range(a.shape[1]) for n in range(a.shape[0]))
             codes = linear(z, hypernetwork.channel_codes).reshape(config.rank, config.low_dim)
-            kernels = linear(codes, hypernetwork.kernels).reshape(
-                config.rank, config.kernel_size, config.kernel_size
-            )
+            kernels = linear(codes, hypernetwork.kernels)  # [r, k²], dense [r, r·k²]
         h = quick_gelu(linear(sample, adapter.down))  # [H, W, r]
         g = F.conv2d(
             h.permute(2, 0, 1)[None],
-            kernels[:, None],
+            kernels.reshape(config.rank, -1, config.kernel_size, config.kernel_size),
             padding=config.kernel_size // 2,
-            groups=config.rank,
+            groups=1 if config.conv == "dense" else config.rank,
         )[0].permute(1, 2, 0)
         if config.global_branch:
             query, key, value = linear(h.reshape(-1, config.rank), adapter.qkv).chunk(3, dim=1)
@@ -145,6 +149,36 @@ def test_autocast_leaves_the_residual_in_float32():
     assert output.dtype == torch.float32
     exact = stack(x, x, 0, "attn")
     assert (output - exact).norm() < 0.02 * exact.norm()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_everything_trains_from_the_second_step(name):
+    """In the first, all but the up-projection waits for it to leave zero."""
+    torch.manual_seed(0)
+    config = CONFIGS[name]
+    stack = VFMAdapterStack(WIDTH, (0, 1), config)
+    u, target = tokens().float(), torch.randn(BATCH, *GRID, WIDTH)
+    optimizer = torch.optim.SGD(stack.parameters(), lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        x = u
+        for layer in (0, 1):
+            for sublayer in config.sublayers:
+                x = stack(x, u, layer, sublayer)
+        (x - target).square().mean().backward()
+        optimizer.step()
+    for parameter_name, parameter in stack.named_parameters():
+        assert parameter.grad.any(), parameter_name
+
+
+@pytest.mark.parametrize(("low_dim", "percent"), [(8, 2.81), (64, 3.11)])
+def test_share_of_the_released_variant(low_dim, percent):
+    """Of the encoder of SAM ViT-B, as its authors count."""
+    config = VFMAdapterConfig(conv="dense", global_branch=False, low_dim=low_dim)
+    with torch.device("meta"):
+        stack = VFMAdapterStack(768, tuple(range(12)), config)
+    trainable = sum(parameter.numel() for parameter in stack.parameters())
+    assert round(100 * trainable / 89_670_912, 2) == percent
 
 
 def test_only_the_chosen_places_have_adapters():

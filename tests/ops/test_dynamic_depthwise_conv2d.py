@@ -1,5 +1,7 @@
 """dynamic_depthwise_conv2d on every backend that runs here, against the float64 reference."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -38,12 +40,27 @@ def call(**kwargs) -> Call:
     )
 
 
+def in_layout(random: Callable[..., Tensor], size: tuple[int, ...], layout: str) -> Tensor:
+    """A random input [B, C, H, W], of numbers from `random(*shape)`."""
+    batch, channels, height, width = size
+    if layout == "contiguous":
+        return random(*size)
+    if layout == "channels_last":
+        return random(*size).to(memory_format=torch.channels_last)
+    if layout == "rows_of_wider":  # columns dense, every other stride larger
+        return random(batch, channels + 2, height + 1, width + 3)[:, 1:-1, 1:, 2:-1]
+    if layout == "channels_of_wider":  # channels dense, as a slice of tokens
+        return random(batch, height, width, channels + 5)[..., 3:-2].permute(0, 3, 1, 2)
+    assert layout == "neither"
+    return random(batch, channels, height, 2 * width)[..., ::2]
+
+
 def arguments(
     size, kernel_size, *, dtype=torch.float32, device="cpu", layout="contiguous", shared=False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Input [B, C, H, W] in a layout, weight and bias."""
     generator = torch.Generator().manual_seed(0)
-    batch, channels, height, width = size
+    batch, channels = size[:2]
 
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(device, dtype)
@@ -51,18 +68,7 @@ def arguments(
     kernel_batch = 1 if shared else batch
     weight = random(kernel_batch, channels, *kernel_size)
     bias = random(kernel_batch, channels)
-    if layout == "contiguous":
-        input = random(*size)
-    elif layout == "channels_last":
-        input = random(*size).to(memory_format=torch.channels_last)
-    elif layout == "rows_of_wider":  # columns dense, every other stride larger
-        input = random(batch, channels + 2, height + 1, width + 3)[:, 1:-1, 1:, 2:-1]
-    elif layout == "channels_of_wider":  # channels dense, as a slice of tokens
-        input = random(batch, height, width, channels + 5)[..., 3:-2].permute(0, 3, 1, 2)
-    else:
-        assert layout == "neither"
-        input = random(batch, channels, height, 2 * width)[..., ::2]
-    return input, weight, bias
+    return in_layout(random, size, layout), weight, bias
 
 
 @pytest.fixture(params=TARGETS)

@@ -9,7 +9,12 @@ import vfmk
 from tests.sam.models import SMALL, randomise, records
 
 
-@pytest.mark.parametrize("config", [SMALL, vfmk.VFMAdapterConfig(conv="static")], ids=repr)
+RELEASED = vfmk.VFMAdapterConfig(conv="dense", global_branch=False)
+
+
+@pytest.mark.parametrize(
+    "config", [SMALL, RELEASED, vfmk.VFMAdapterConfig(conv="static")], ids=repr
+)
 def test_a_new_adapter_changes_no_bit(sam, image, config):
     before = sam.image_encoder(image)
     keys = list(sam.state_dict())

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 SUBLAYERS = ("attn", "mlp")
-CONVOLUTIONS = ("depthwise", "static")
+CONVOLUTIONS = ("depthwise", "dense", "static")
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,8 @@ class VFMAdapterConfig:
     Args:
         rank: r, channels of the bottleneck.
         kernel_size: k, side of the local branch's kernels; odd.
-        conv: "depthwise" generates each sample's r kernels of k×k; "static" learns one set.
+        conv: "depthwise" generates each sample's r kernels of k×k, "dense" its r×r kernels, which
+            mix the channels; "static" learns one set of r.
         global_branch: whether self-attention over all tokens is added to the convolution.
         num_heads: heads of that attention; a divisor of rank.
         token_dim: D, width of the tokens from which kernels are generated.

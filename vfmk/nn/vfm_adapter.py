@@ -32,7 +32,8 @@ class VFMAdapter(nn.Module):
         rank, tokens = config.rank, config.token_dim
         self.num_heads = config.num_heads
         self.scale = config.scale
-        self.dynamic = config.conv == "depthwise"
+        self.dynamic = config.conv != "static"
+        self.dense = config.conv == "dense"
         self.down = nn.Linear(width, rank)  # W_d, b_d
         self.up = nn.Linear(rank, width)  # W_u, b_u
         self.dropout = nn.Dropout(config.dropout)
@@ -74,7 +75,8 @@ class VFMAdapter(nn.Module):
         hidden = quick_gelu(hidden)
         kernels = self.kernels if tokens is None else self._generate(tokens, queries, hypernetwork)
         channels_last = hidden.permute(0, 3, 1, 2)
-        mixed = ops.dynamic_depthwise_conv2d(channels_last, kernels).permute(0, 2, 3, 1)
+        convolve = ops.dynamic_conv2d if self.dense else ops.dynamic_depthwise_conv2d
+        mixed = convolve(channels_last, kernels).permute(0, 2, 3, 1)
         if self.qkv is not None:
             attended = ops.adapter_attention(
                 hidden.flatten(1, 2), self.qkv.weight, self.qkv.bias, self.num_heads
@@ -140,12 +142,16 @@ class VFMAdapterStack(nn.Module):
         self.config = config
         self.queries: nn.Parameter | None = None  # T
         self.hypernetworks = nn.ModuleDict()
-        if config.conv == "depthwise":
+        if config.conv != "static":
             self.queries = nn.Parameter(torch.empty(config.num_queries, config.token_dim))
             nn.init.trunc_normal_(self.queries, std=0.02)
             for sublayer in config.sublayers:
                 self.hypernetworks[sublayer] = Hypernetwork(
-                    config.token_dim, config.low_dim, config.rank, config.kernel_size
+                    config.token_dim,
+                    config.low_dim,
+                    config.rank,
+                    config.kernel_size,
+                    dense=config.conv == "dense",
                 )
         self.layers = nn.ModuleDict(
             {

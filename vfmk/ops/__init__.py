@@ -2,6 +2,7 @@
 
 from vfmk.ops.adapter_attention import adapter_attention
 from vfmk.ops.attention_pool import attention_pool
+from vfmk.ops.dynamic_conv2d import dynamic_conv2d
 from vfmk.ops.dynamic_depthwise_conv2d import dynamic_depthwise_conv2d
 from vfmk.ops.rel_pos_attention import rel_pos_attention
 from vfmk.ops.window_rel_pos_attention import window_rel_pos_attention
@@ -9,6 +10,7 @@ from vfmk.ops.window_rel_pos_attention import window_rel_pos_attention
 __all__ = [
     "adapter_attention",
     "attention_pool",
+    "dynamic_conv2d",
     "dynamic_depthwise_conv2d",
     "rel_pos_attention",
     "window_rel_pos_attention",

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from vfmk import _backends
-from vfmk.ops import _contract
-from vfmk.reference.padding import resolve_padding
+from vfmk.ops import _contract, _convolution
 
 NAME = "dynamic_depthwise_conv2d"
 
@@ -62,56 +61,20 @@ def dynamic_depthwise_conv2d(
     if bias is not None:
         _contract.check_tensor(NAME, "bias", bias, "B or 1, C")
     _contract.check_alike(NAME, input, weight=weight, bias=bias)
-    sides, steps = _checked_geometry(input, weight, bias, padding, dilation)
+    _check_channels(input, weight=weight, bias=bias)
+    _convolution.check_batch(NAME, input, weight=weight, bias=bias)
+    sides, steps = _convolution.checked_geometry(NAME, input, weight, padding, dilation)
     input, weight, bias = _contract.autocast(input, weight, bias)  # type: ignore[assignment]
     return torch.ops.vfmk.dynamic_depthwise_conv2d(input, weight, bias, sides, steps)
 
 
-def _checked_geometry(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    padding: int | tuple[int, int] | str,
-    dilation: int | tuple[int, int],
-) -> tuple[tuple[int, int, int, int], tuple[int, int]]:
-    """Padding as (top, bottom, left, right) and dilation as (vertical, horizontal)."""
-    batch, channels, height, width = input.shape
-    for argument, tensor in {"weight": weight, "bias": bias}.items():
-        if tensor is None:
-            continue
-        if tensor.shape[1] != channels:
+def _check_channels(input: Tensor, **others: Tensor | None) -> None:
+    channels = input.shape[1]
+    for argument, other in others.items():
+        if other is not None and other.shape[1] != channels:
             raise ValueError(
-                f"{NAME}: {argument} has {tensor.shape[1]} channels, input has {channels}"
+                f"{NAME}: {argument} has {other.shape[1]} channels, input has {channels}"
             )
-        if tensor.shape[0] not in (1, batch):
-            raise ValueError(
-                f"{NAME}: {argument} has a batch of {tensor.shape[0]}, expected {batch} or 1"
-            )
-    kernel_size = (weight.shape[2], weight.shape[3])
-    if min(kernel_size) < 1:
-        raise ValueError(f"{NAME}: weight has an empty kernel, {list(weight.shape)}")
-    steps = _contract.int_pair(NAME, "dilation", dilation, minimum=1)
-    if isinstance(padding, str):
-        if padding != "same":
-            raise ValueError(f'{NAME}: padding must be "same" or ints, got {padding!r}')
-    else:
-        padding = _contract.int_pair(NAME, "padding", padding, minimum=0)
-    sides = resolve_padding(padding, kernel_size, steps)
-    if min(_output_size(input, weight, sides, steps)) < min(1, height, width):
-        raise ValueError(
-            f"{NAME}: weight {list(weight.shape)} with dilation {steps} does not fit into input"
-            f" {list(input.shape)} with padding {padding}"
-        )
-    return sides, steps
-
-
-def _output_size(
-    input: Tensor, weight: Tensor, padding: Sequence[int], dilation: Sequence[int]
-) -> tuple[int, int]:
-    top, bottom, left, right = padding
-    height = input.shape[2] + top + bottom - dilation[0] * (weight.shape[2] - 1)
-    width = input.shape[3] + left + right - dilation[1] * (weight.shape[3] - 1)
-    return height, width
 
 
 @torch.library.custom_op(f"vfmk::{NAME}", mutates_args=())
@@ -124,7 +87,7 @@ def _forward(
 ) -> Tensor:
     output = _empty_output(input, weight, bias, padding, dilation)
     arguments = (
-        _readable(input),
+        _convolution.readable(input),
         weight.contiguous(),
         None if bias is None else bias.contiguous(),
         padding,
@@ -143,8 +106,8 @@ def _empty_output(
     padding: Sequence[int],
     dilation: Sequence[int],
 ) -> Tensor:
-    size = (*input.shape[:2], *_output_size(input, weight, padding, dilation))
-    return _empty(size, input)
+    size = _convolution.output_size(input, weight, padding, dilation)
+    return _convolution.empty((*input.shape[:2], *size), input)
 
 
 @torch.library.custom_op(f"vfmk::{NAME}_backward", mutates_args=())
@@ -159,8 +122,8 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     gradients = _empty_gradients(grad_output, input, weight, bias, padding, dilation, wanted)
     arguments = (
-        grad_output.contiguous(memory_format=_layout(input)),
-        _readable(input),
+        grad_output.contiguous(memory_format=_convolution.layout(input)),
+        _convolution.readable(input),
         weight.contiguous(),
         padding,
         dilation,
@@ -181,11 +144,7 @@ def _empty_gradients(
     wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A tensor for each gradient, empty ([0]) for those that nobody wants."""
-    return (
-        _empty(input.shape, input) if wanted[0] else input.new_empty(0),
-        weight.new_empty(weight.shape if wanted[1] else 0),
-        input.new_empty(0) if bias is None or not wanted[2] else bias.new_empty(bias.shape),
-    )
+    return _convolution.empty_gradients(input, weight, bias, wanted)
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -208,30 +167,9 @@ def _gradients(ctx, grad_output: Tensor):  # type: ignore[no-untyped-def]
 _forward.register_autograd(_gradients, setup_context=_setup_context)
 
 
-def _readable(input: Tensor) -> Tensor:
-    """The kernels read any view in which columns or channels are dense; of others, a copy."""
-    return input if 1 in (input.stride(3), input.stride(1)) else input.contiguous()
-
-
-def _layout(input: Tensor) -> torch.memory_format:
-    """The layout of every result, by the rule that each backend goes by: dense columns first."""
-    dense_columns = input.stride(3) == 1 or input.stride(1) != 1
-    return torch.contiguous_format if dense_columns else torch.channels_last
-
-
-def _empty(size: Sequence[int], like: Tensor) -> Tensor:
-    return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=_layout(like))
-
-
-def _not_supported(device: str, input: Tensor, padding: Sequence[int]) -> str:
-    if input.device.type != device:
-        return f"input is on {input.device}"
-    return "float64 has the reference alone" if input.dtype == torch.float64 else ""
-
-
 def _not_supported_by_triton(input: Tensor, padding: Sequence[int]) -> str:
     device = "cpu" if _backends.interpreted() else "cuda"
-    if reason := _not_supported(device, input, padding):
+    if reason := _convolution.not_supported(device, input, padding):
         return reason
     from vfmk.kernels import dynamic_depthwise_conv2d as kernels
 
@@ -241,9 +179,9 @@ def _not_supported_by_triton(input: Tensor, padding: Sequence[int]) -> str:
 _backends.register(
     NAME,
     {
-        "cuda": _backends.native(NAME, functools.partial(_not_supported, "cuda")),
+        "cuda": _backends.native(NAME, functools.partial(_convolution.not_supported, "cuda")),
         "triton": _backends.module(f"vfmk.kernels.{NAME}", _not_supported_by_triton),
-        "cpu": _backends.native(NAME, functools.partial(_not_supported, "cpu")),
+        "cpu": _backends.native(NAME, functools.partial(_convolution.not_supported, "cpu")),
         "reference": _backends.module(f"vfmk.reference.{NAME}", lambda input, padding: ""),
     },
 )

@@ -2,12 +2,14 @@
 
 from vfmk.reference.adapter_attention import adapter_attention
 from vfmk.reference.attention_pool import attention_pool
+from vfmk.reference.dynamic_conv2d import dynamic_conv2d
 from vfmk.reference.dynamic_depthwise_conv2d import dynamic_depthwise_conv2d
 from vfmk.reference.rel_pos_attention import rel_pos_attention, window_rel_pos_attention
 
 __all__ = [
     "adapter_attention",
     "attention_pool",
+    "dynamic_conv2d",
     "dynamic_depthwise_conv2d",
     "rel_pos_attention",
     "window_rel_pos_attention",

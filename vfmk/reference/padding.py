@@ -1,4 +1,11 @@
-"""The `padding` argument of the convolution operators."""
+"""Geometry that the convolution operators share: padding, and what each tap multiplies."""
+
+from collections.abc import Iterator
+from types import EllipsisType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 
 def resolve_padding(
@@ -19,3 +26,27 @@ def resolve_padding(
 def pair(value: int | tuple[int, int]) -> tuple[int, int]:
     """(vertical, horizontal) of an argument that takes one int for both."""
     return (value, value) if isinstance(value, int) else value
+
+
+def pad(input: Tensor, padding: tuple[int, int, int, int]) -> Tensor:
+    """`input` with its zeros, in the dtype of the sums."""
+    top, bottom, left, right = padding
+    dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
+    return F.pad(input.to(dtype), (left, right, top, bottom))
+
+
+def output_size(padded: Tensor, weight: Tensor, dilation: tuple[int, int]) -> tuple[int, int]:
+    height = padded.shape[2] - dilation[0] * (weight.shape[-2] - 1)
+    width = padded.shape[3] - dilation[1] * (weight.shape[-1] - 1)
+    return height, width
+
+
+def taps(
+    weight: Tensor, dilation: tuple[int, int], output_shape: torch.Size
+) -> Iterator[tuple[int, int, tuple[EllipsisType, slice, slice]]]:
+    """Each kernel position (i, j) and the slice of the padded input that it multiplies."""
+    height, width = output_shape[2:]
+    for i in range(weight.shape[-2]):
+        for j in range(weight.shape[-1]):
+            top, left = i * dilation[0], j * dilation[1]
+            yield i, j, (..., slice(top, top + height), slice(left, left + width))
