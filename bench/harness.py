@@ -152,13 +152,16 @@ def _calls(
 
 
 def _check(name: str, function: Function, case: Case, args: tuple[Tensor, ...]) -> None:
-    """Output and gradients of a contender, before it is timed."""
+    """Output and gradients, if it has any, of a contender, before it is timed."""
     results = []
     for contender, tensors in ((function, args), (case.reference, [a.double() for a in args])):
         leaves = [tensor.detach().requires_grad_() for tensor in tensors]
         output = contender(*leaves)
-        cotangent = torch.ones_like(output).cumsum(-1).remainder(3) - 1
-        results.append([output, *torch.autograd.grad(output, leaves, cotangent)])
+        gradients: tuple[Tensor, ...] = ()
+        if output.requires_grad:
+            cotangent = torch.ones_like(output).cumsum(-1).remainder(3) - 1
+            gradients = torch.autograd.grad(output, leaves, cotangent)
+        results.append([output, *gradients])
     for actual, truth in zip(*results, strict=True):
         error = relative_error(actual, truth)
         if not error <= case.tolerance:

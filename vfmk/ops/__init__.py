@@ -1,7 +1,15 @@
 """The operators: contract, checks, autograd, autocast. What runs them is `vfmk.backends()`'s."""
 
+from vfmk.ops.channel_remap import channel_remap
 from vfmk.ops.dynamic_depthwise_conv2d import dynamic_depthwise_conv2d
+from vfmk.ops.mask_iou import mask_iou
 from vfmk.ops.rel_pos_attention import rel_pos_attention
 from vfmk.ops.window_rel_pos_attention import window_rel_pos_attention
 
-__all__ = ["dynamic_depthwise_conv2d", "rel_pos_attention", "window_rel_pos_attention"]
+__all__ = [
+    "channel_remap",
+    "dynamic_depthwise_conv2d",
+    "mask_iou",
+    "rel_pos_attention",
+    "window_rel_pos_attention",
+]
