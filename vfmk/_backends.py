@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
+BOTH = ("forward", "backward")  # the kernels of a differentiable operator
 LIBRARY = Path(__file__).with_name("libvfmk.so")
 
 
@@ -169,28 +170,26 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def native(operator: str, not_supported: Callable[..., str]) -> Implementation:
+def native(
+    operator: str, not_supported: Callable[..., str], names: tuple[str, ...] = BOTH
+) -> Implementation:
     """The C++/CUDA implementation in the native library."""
 
     def load() -> dict[str, Callable[..., Any]]:
         namespace = torch.ops.vfmk_native
-        return {
-            name: getattr(namespace, f"{operator}_{name}").default
-            for name in ("forward", "backward")
-        }
+        return {name: getattr(namespace, f"{operator}_{name}").default for name in names}
 
     return Implementation(not_supported, load)
 
 
-def module(name: str, not_supported: Callable[..., str]) -> Implementation:
-    """An implementation in a Python module with functions `forward` and `backward`."""
+def module(
+    name: str, not_supported: Callable[..., str], names: tuple[str, ...] = BOTH
+) -> Implementation:
+    """An implementation in a Python module with functions `names`."""
 
     def load() -> dict[str, Callable[..., Any]]:
         implementation = importlib.import_module(name)
-        return {
-            "forward": _without_autocast(implementation.forward),
-            "backward": _without_autocast(implementation.backward),
-        }
+        return {kernel: _without_autocast(getattr(implementation, kernel)) for kernel in names}
 
     return Implementation(not_supported, load)
 

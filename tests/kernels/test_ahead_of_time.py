@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("triton")
 
 from tests.kernels.aot import CAPABILITIES, Launch, compiled, recorded
-from vfmk.kernels import dynamic_depthwise_conv2d
+from vfmk.kernels import channel_remap, dynamic_depthwise_conv2d, mask_iou
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing"
@@ -97,3 +97,59 @@ def test_dynamic_depthwise_conv2d_tiles(direction, layout):
     assert code.stack == 0
     assert code.registers <= 128
     assert code.shared <= 1024
+
+
+# A copy needs many bytes in flight: 8 programs of 128 threads at 64 registers, 4 at 128.
+REMAP_REGISTERS = {"forward": 64, "backward": 128}
+
+
+def channel_remap_launches(direction: str, layout: str, dtype: torch.dtype) -> list[Launch]:
+    input = torch.empty((8, 256, 64, 64), dtype=dtype, device="meta")
+    input = input.to(memory_format=LAYOUTS[layout]).flatten(2)[:, :, None]
+    index = torch.empty((1, 256), dtype=torch.int64, device="meta")
+    scale = torch.empty((1, 256), dtype=dtype, device="meta")
+    last = layout == "channels_last"
+    with recorded() as launches:
+        if direction == "forward":
+            channel_remap.forward(input, index, scale, last, torch.empty_like(input))
+        else:
+            grads = (torch.empty_like(input), torch.empty_like(scale))
+            channel_remap.backward(input, input, index, scale, 256, last, *grads)
+    return launches
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("direction", REMAP_REGISTERS)
+def test_channel_remap_resources(direction, layout, capability):
+    launches = channel_remap_launches(direction, layout, torch.bfloat16)
+    assert len(launches) == (1 if direction == "forward" else 2)
+    for launch in launches:
+        code = compiled(launch, capability)
+        assert code.stack == 0, launch.kernel
+        assert code.registers <= REMAP_REGISTERS[direction], launch.kernel
+        assert code.shared <= 8192, launch.kernel
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_channel_remap_instructions(dtype):
+    """NCHW in 16-byte accesses; channels-last writes so, and gathers element by element."""
+    for layout in LAYOUTS:
+        (launch,) = channel_remap_launches("forward", layout, dtype)
+        instructions = compiled(launch, 90).instructions()
+        assert instructions["STG.E.128"]
+        if layout == "nchw":
+            assert any(opcode.startswith("LDG.E.128") for opcode in instructions)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_mask_iou_resources(capability):
+    logits = torch.empty((64, 256, 256), dtype=torch.bfloat16, device="meta")
+    target = torch.empty((600, 800), dtype=torch.bool, device="meta")
+    with recorded() as launches:
+        mask_iou.forward(logits, target, (768, 1024), 1024, 0.0, torch.empty(64, device="meta"))
+    (launch,) = launches
+    code = compiled(launch, capability)
+    assert code.stack == 0
+    assert code.registers <= 168  # 3 programs of 128 threads
+    assert code.shared <= 8192

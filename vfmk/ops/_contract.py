@@ -9,7 +9,10 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def check_tensor(operator: str, argument: str, value: Any, shape: str) -> None:
-    """`value` is a floating-point tensor with the dimensions of `shape`, as "B, C, H, W"."""
+    """`value` is a floating-point tensor with the dimensions of `shape`, as "B, C, H, W".
+
+    "..." stands for any number of dimensions.
+    """
     if not isinstance(value, Tensor):
         raise TypeError(
             f"{operator}: {argument} must be a Tensor [{shape}], got {type(value).__name__}"
@@ -19,7 +22,7 @@ def check_tensor(operator: str, argument: str, value: Any, shape: str) -> None:
             f"{operator}: {argument} must be float32, float16, bfloat16 or float64,"
             f" got {_name(value.dtype)}"
         )
-    if value.dim() != shape.count(",") + 1:
+    if "..." not in shape and value.dim() != shape.count(",") + 1:
         raise ValueError(
             f"{operator}: {argument} must have the shape [{shape}], got {list(value.shape)}"
         )

@@ -1,0 +1,331 @@
+"""channel_remap on every backend that runs here, against the float64 reference."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import vfmk
+from tests import operator_checks
+from tests.operator_checks import TARGETS, Call
+
+NAME = "channel_remap"
+# Sums of a few products (grad_input) and of a plane's (grad_scale) in fp32.
+FP32_LIMIT = 1e-6
+# Half precision rounds the cotangent as well: of a sum in which great terms cancel, little is left.
+LEAST_SHARE = 0.3
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def eager(input, scale, *, index, dim=1):
+    """PyTorch's way: advanced indexing, then a product."""
+    shape = [1] * input.dim()
+    shape[dim] = index.shape[-1]
+    if index.dim() == 2:
+        shape[0] = index.shape[0]
+        output = torch.stack(
+            [x.index_select(dim % input.dim() - 1, i) for x, i in zip(input, index, strict=True)]
+        )
+    else:
+        output = input.index_select(dim, index)
+    return output if scale is None else output * scale.view(shape)
+
+
+def operator(input, scale=None, *, index, dim=1):
+    return vfmk.ops.channel_remap(input, index, scale, dim=dim)
+
+
+def reference(input, scale=None, *, index, dim=1):
+    return vfmk.reference.channel_remap(input, index.cpu(), scale, dim=dim)
+
+
+operator.__name__ = NAME
+
+
+def call(**kwargs) -> Call:
+    return Call(operator, reference, eager, kwargs)
+
+
+def arguments(
+    size, outputs, *, dim=1, per_sample=False, dtype=torch.float32, device="cpu",
+    layout="contiguous",
+) -> tuple[tuple[Tensor, Tensor], Tensor]:  # fmt: skip
+    """(input, scale) and an index in which some channels are read twice and some never."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device, dtype)
+
+    maps = (size[0], outputs) if per_sample else (outputs,)
+    index = torch.randint(size[dim], maps, generator=generator).to(device)
+    scale = random(*maps)
+    if layout == "contiguous":
+        input = random(*size)
+    elif layout == "channels_last":
+        moved = [*size[:dim], *size[dim + 1 :], size[dim]]
+        input = random(*moved).movedim(-1, dim)
+    elif layout == "rows_of_wider":  # columns dense, every other stride larger
+        input = random(*(n + 2 for n in size))[tuple(slice(1, -1) for _ in size)]
+    elif layout == "channels_of_wider":  # channels dense, as a slice of tokens
+        moved = [*(n + 1 for n in size[:dim] + size[dim + 1 :]), size[dim] + 5]
+        cut = tuple(slice(1, None) for _ in size[1:])
+        input = random(*moved)[(*cut, slice(3, -2))].movedim(-1, dim)
+    else:
+        assert layout == "neither"
+        input = random(*size[:-1], 2 * size[-1])[..., ::2]
+    return (input, scale), index
+
+
+@pytest.fixture(params=TARGETS)
+def device(request):
+    backend, device = request.param
+    with operator_checks.target(NAME, backend):
+        yield device
+
+
+LAYOUTS = ("contiguous", "channels_last", "rows_of_wider", "channels_of_wider", "neither")
+GEOMETRIES = {  # size, output channels, dim
+    "planes": ((2, 20, 17, 33), 20, 1),
+    "many planes": ((2, 5, 64, 70), 9, 1),
+    "more channels out": ((2, 7, 6, 5), 40, 1),
+    "one out": ((2, 33, 7, 5), 1, 1),
+    "tokens": ((3, 19, 37), 37, 2),
+    "grid of tokens": ((2, 5, 7, 24), 30, 3),
+    "second": ((2, 3, 16, 5, 9), 17, 2),
+    "one pixel": ((3, 17, 1, 1), 17, 1),
+    "one channel": ((3, 1, 5, 40), 4, 1),
+    "one column": ((2, 6, 9, 1), 6, 1),
+    "negative": ((2, 18, 5, 6), 18, -3),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("per_sample", [False, True], ids=["one map", "map for each sample"])
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_equals_float64(device, geometry, per_sample, layout, dtype):
+    size, outputs, dim = GEOMETRIES[geometry]
+    args, index = arguments(
+        size, outputs, dim=dim % len(size), per_sample=per_sample, dtype=dtype, device=device,
+        layout=layout,
+    )  # fmt: skip
+    for scale in (args[1], None):
+        operator_checks.check_accuracy(
+            call(index=index, dim=dim), (args[0], scale), FP32_LIMIT, LEAST_SHARE
+        )
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_first_dimension(device, layout):
+    args, index = arguments((9, 4, 6), 12, dim=0, device=device, layout=layout)
+    operator_checks.check_accuracy(call(index=index, dim=0), args, FP32_LIMIT)
+
+
+def test_vector(device):
+    args, index = arguments((9,), 12, dim=0, device=device)
+    operator_checks.check_accuracy(call(index=index, dim=0), args, FP32_LIMIT)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_few_channels_exchanged(device, layout):
+    """As a search makes them: most neighbours stay neighbours."""
+    (input, scale), index = arguments((2, 64, 9, 11), 64, device=device, layout=layout)
+    index = torch.arange(64, device=device)
+    index[[3, 40]] = torch.tensor([17, 0], device=device)
+    assert torch.equal(
+        vfmk.ops.channel_remap(input, index, scale), input[:, index] * scale.view(-1, 1, 1)
+    )
+    operator_checks.check_accuracy(call(index=index), (input, scale), FP32_LIMIT)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_values_are_moved_as_they_are(device, layout):
+    """Without a scale nothing is computed: NaN, infinities and signed zeros go through."""
+    (input, _), index = arguments((2, 8, 5, 9), 8, device=device, layout=layout)
+    input[0, :, 0, :4] = torch.tensor([torch.nan, torch.inf, -torch.inf, -0.0])
+    output, expected = vfmk.ops.channel_remap(input, index), input[:, index]
+    assert torch.equal(output.view(torch.int32), expected.view(torch.int32))
+
+
+def test_duplicates_are_summed_in_ascending_order(device):
+    """1 - 1 + tiny is tiny, and no other order gives it."""
+    input = torch.zeros(1, 2, 1, 3, device=device, requires_grad=True)
+    output = vfmk.ops.channel_remap(input, torch.tensor([1, 1, 0, 1], device=device))
+    cotangent = torch.tensor([1.0, -1.0, 5.0, 1e-12], device=device).view(1, 4, 1, 1)
+    output.backward(cotangent.expand(1, 4, 1, 3))
+    assert input.grad[0, :, 0].tolist() == [[5.0] * 3, [torch.tensor(1e-12).item()] * 3]
+
+
+@pytest.mark.parametrize(
+    ("size", "outputs"),
+    [((0, 4, 5, 6), 3), ((2, 4, 0, 6), 3), ((2, 4, 5, 0), 3), ((2, 4, 5, 6), 0)],
+)
+@pytest.mark.parametrize("per_sample", [False, True])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_empty(device, size, outputs, per_sample, layout):
+    args, index = arguments(size, outputs, per_sample=per_sample, device=device, layout=layout)
+    output, *gradients = operator_checks.value_and_gradients(call(index=index), args)
+    assert output.shape == (size[0], outputs, *size[2:])
+    for gradient, arg in zip(gradients, args, strict=True):
+        assert gradient.shape == arg.shape
+        assert not gradient.any()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_keeps_the_memory_format(device, layout):
+    (input, scale), index = arguments((2, 6, 5, 7), 9, device=device, layout=layout)
+    leaf = operator_checks.preserving_leaf(input)
+    output = vfmk.ops.channel_remap(leaf, index, scale)
+    (gradient,) = torch.autograd.grad(output.sum(), leaf)  # stride 0 everywhere
+    channels_last = layout in ("channels_last", "channels_of_wider")
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    assert output.is_contiguous(memory_format=memory_format)
+    assert gradient.is_contiguous(memory_format=memory_format)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_same_bits_on_each_run(device, layout, per_sample):
+    args, index = arguments(
+        (3, 20, 33, 40), 24, per_sample=per_sample, device=device, layout=layout
+    )
+    operator_checks.check_deterministic(call(index=index), args)
+    operator_checks.check_every_element_written(call(index=index), args)
+    operator_checks.check_unwanted_gradients(call(index=index), args)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_same_bits_for_any_number_of_threads(layout):
+    with operator_checks.target(NAME, "cpu"):
+        args, index = arguments((2, 20, 33, 40), 20, layout=layout)
+        operator_checks.check_threads(call(index=index), args)
+
+
+def test_the_input_is_kept_for_its_scale_alone():
+    """Backward without a scale needs the index, not the activation."""
+    (input, scale), index = arguments((2, 6, 5, 7), 6)
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        vfmk.ops.channel_remap(input.requires_grad_(), index, scale)
+    assert all(tensor.shape != input.shape for tensor in kept)
+
+
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    size=st.tuples(*(st.integers(1, limit) for limit in (3, 40, 6, 40))),
+    outputs=st.integers(1, 40),
+    dim=st.integers(1, 3),
+    per_sample=st.booleans(),
+    layout=st.sampled_from(LAYOUTS),
+)
+def test_any_shape(device, size, outputs, dim, per_sample, layout):
+    args, index = arguments(
+        size, outputs, dim=dim, per_sample=per_sample, device=device, layout=layout
+    )
+    operator_checks.check_accuracy(call(index=index, dim=dim), args, FP32_LIMIT, LEAST_SHARE)
+
+
+SMALL = ((2, 3, 4, 5), 4)
+
+
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_gradcheck(per_sample):
+    args, index = arguments(*SMALL, per_sample=per_sample)
+    operator_checks.check_gradcheck(call(index=index), args)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_opcheck(device, layout):
+    (input, scale), index = arguments(*SMALL, device=device, layout=layout)
+    leaves = operator_checks.preserving_leaf(input), operator_checks.preserving_leaf(scale)
+    custom_op = torch.ops.vfmk.channel_remap.default
+    operator_checks.check_opcheck(custom_op, (leaves[0], index, leaves[1], 1))
+    operator_checks.check_opcheck(custom_op, (leaves[0], index, None, 1))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_compile(device, layout):
+    args, index = arguments(*SMALL, device=device, layout=layout)
+    operator_checks.check_compile(call(index=index), args, batched=1)
+
+
+def test_export(device):
+    args, index = arguments(*SMALL, device=device)
+    operator_checks.check_export(call(index=index), args)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_autocast(device, dtype):
+    args, index = arguments(*SMALL, device=device)
+    operator_checks.check_autocast(call(index=index), args, dtype)
+    with torch.autocast(device, dtype):  # nothing is computed, so nothing is cast
+        assert vfmk.ops.channel_remap(args[0], index).dtype == torch.float32
+
+
+def test_meta_tensors():
+    output = vfmk.ops.channel_remap(INPUT.to("meta"), INDEX.to("meta"))
+    assert output.shape == INPUT.shape
+
+
+def test_cuda_graph(device):
+    if device != "cuda":
+        pytest.skip("CUDA graphs need a GPU")
+    args, index = arguments((2, 16, 20, 20), 16, device=device)
+    expected = call(index=index)(*args)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = call(index=index)(*args)
+    output.zero_()
+    graph.replay()
+    assert torch.equal(output, expected)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_index_out_of_range(device, layout):
+    (input, scale), _ = arguments((2, 4, 5, 6), 3, device=device, layout=layout)
+    for bad in (-1, 4, 2**40):
+        index = torch.tensor([0, bad, 3], device=device)
+        if device == "cpu":
+            with pytest.raises(IndexError, match=f"^{NAME}: index holds {bad}, input has 4 chan"):
+                vfmk.ops.channel_remap(input, index, scale)
+            continue
+        output, grad_input, grad_scale = operator_checks.value_and_gradients(
+            call(index=index), (input, scale)
+        )
+        assert output[:, 1].isnan().all()
+        assert output[:, [0, 2]].isfinite().all()
+        assert grad_input.isfinite().all()
+        assert not grad_input[:, 1:3].any()
+        assert grad_scale.isnan().tolist() == [False, True, False]
+
+
+INPUT, INDEX, SCALE = torch.zeros(2, 4, 5, 6), torch.zeros(4, dtype=torch.int64), torch.zeros(4)
+BAD_INPUT = [  # arguments, keyword arguments, exception, message
+    ((None, INDEX), {}, TypeError, r"input must be a Tensor \[..., C, ...\], got NoneType"),
+    ((INPUT.int(), INDEX), {}, TypeError, "input must be float32.*got int32"),
+    ((INPUT, [0, 1]), {}, TypeError, r"index must be a Tensor \[C'\] or \[B, C'\], got list"),
+    ((INPUT, INDEX.int()), {}, TypeError, "index must be int64, got int32"),
+    ((INPUT, INDEX[None, None]), {}, ValueError, r"index must have the shape \[C'\] or \[B, C'\]"),
+    ((INPUT, INDEX[None]), {}, ValueError, "index has a batch of 1, expected 2"),
+    ((INPUT, INDEX.to("meta")), {}, ValueError, "index is on meta, input is on cpu"),
+    ((INPUT, INDEX[None]), {"dim": 0}, ValueError, r"index \[1, 4\] is per sample, but dim is 0"),
+    ((INPUT, INDEX, SCALE[None]), {}, ValueError, r"scale must have the shape \[C'\], got"),
+    ((INPUT, INDEX, SCALE[:3]), {}, ValueError, r"scale has the shape \[3\], index has \[4\]"),
+    ((INPUT, INDEX, SCALE.double()), {}, TypeError, "scale is float64, input is float32"),
+    ((INPUT, INDEX, SCALE.to("meta")), {}, ValueError, "scale is on meta, input is on cpu"),
+    ((INPUT, INDEX, 2.0), {}, TypeError, r"scale must be a Tensor \[C'\], got float"),
+    ((INPUT, INDEX), {"dim": 4}, ValueError, r"dim must be a dimension of input \[2, 4, 5, 6\]"),
+    ((INPUT, INDEX), {"dim": -5}, ValueError, "dim must be a dimension of input"),
+    ((INPUT[0, 0, 0, 0], INDEX), {"dim": 0}, ValueError, r"dim must be a dimension of input \[\]"),
+    ((INPUT, INDEX), {"dim": True}, TypeError, "dim must be an int, got True"),
+    ((INPUT, INDEX), {"dim": "C"}, TypeError, "dim must be an int, got 'C'"),
+]
+
+
+@pytest.mark.parametrize(("args", "kwargs", "exception", "message"), BAD_INPUT)
+def test_bad_input(args, kwargs, exception, message):
+    with pytest.raises(exception, match=f"^{NAME}: .*{message}"):
+        vfmk.ops.channel_remap(*args, **kwargs)

@@ -1,0 +1,272 @@
+"""Channels read in another order, and scaled."""
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from vfmk import _backends
+from vfmk.ops import _contract
+
+NAME = "channel_remap"
+
+
+def channel_remap(
+    input: Tensor, index: Tensor, scale: Tensor | None = None, *, dim: int = 1
+) -> Tensor:
+    """Put channel index[c] of the input, times scale[c], into channel c of the output.
+
+    Differentiable, once, in input and scale. The gradient of a channel that several outputs read is
+    their sum in ascending order, in fp32 (fp64 for float64 input): the same bits on each run. Works
+    under autocast (which casts input and scale, if there is a scale), torch.compile and
+    torch.export.
+
+    Args:
+        input: [..., C, ...], float32, float16, bfloat16 or float64, channels in dimension `dim`.
+            Contiguous, channels-last, or a view of either cut in rows, columns or channels is read
+            in place; any other view is copied first.
+        index: int64, [C'] or, for a map for each sample, [B, C'], with B the size of input's first
+            dimension. Each in 0 ... C − 1, as often as it pleases.
+        scale: of index's shape and input's dtype.
+        dim: the dimension of the channels; negative counts from the end.
+
+    Returns:
+        [..., C', ...] in input's dtype and memory format: channels innermost where they are in the
+        input and its last dimension is not, else contiguous.
+
+    Raises:
+        TypeError: an argument that is no tensor, or of another dtype.
+        ValueError: shapes, devices or a dimension that do not fit.
+        IndexError: an index outside 0 ... C − 1, on the CPU. On CUDA to look would stop the
+            stream: nothing outside the input is read, the channel becomes NaN, and so does the
+            gradient of its scale.
+
+    Equivalent to (here for dim=1)::
+
+        if index.dim() == 1:
+            output = input[:, index]
+        else:
+            output = torch.stack([sample[i] for sample, i in zip(input, index)])
+        output = output * scale.view(-1, C', 1, 1)
+
+    Source: parameter-free fine-tuning of SAM, which overwrites redundant feature channels with
+    useful ones.
+    """
+    _contract.check_tensor(NAME, "input", input, "..., C, ...")
+    dim = _checked_dim(input, dim)
+    _check_index(input, index, dim)
+    if scale is not None:
+        _contract.check_tensor(NAME, "scale", scale, "B, C'" if index.dim() == 2 else "C'")
+        if scale.shape != index.shape:
+            raise ValueError(
+                f"{NAME}: scale has the shape {list(scale.shape)}, index has {list(index.shape)}"
+            )
+        _contract.check_alike(NAME, input, scale=scale)
+        input, scale = _contract.autocast(input, scale)  # type: ignore[assignment]
+    return torch.ops.vfmk.channel_remap(input, index, scale, dim)
+
+
+def _checked_dim(input: Tensor, dim: int) -> int:
+    if not isinstance(dim, int) or isinstance(dim, bool):
+        raise TypeError(f"{NAME}: dim must be an int, got {dim!r}")
+    if not -input.dim() <= dim < input.dim():
+        raise ValueError(f"{NAME}: dim must be a dimension of input {list(input.shape)}, got {dim}")
+    return dim % input.dim()
+
+
+def _check_index(input: Tensor, index: Tensor, dim: int) -> None:
+    if not isinstance(index, Tensor):
+        raise TypeError(
+            f"{NAME}: index must be a Tensor [C'] or [B, C'], got {type(index).__name__}"
+        )
+    if index.dtype != torch.int64:
+        raise TypeError(
+            f"{NAME}: index must be int64, got {str(index.dtype).removeprefix('torch.')}"
+        )
+    if index.dim() not in (1, 2):
+        raise ValueError(
+            f"{NAME}: index must have the shape [C'] or [B, C'], got {list(index.shape)}"
+        )
+    if index.device != input.device:
+        raise ValueError(f"{NAME}: index is on {index.device}, input is on {input.device}")
+    if index.dim() == 2 and dim == 0:
+        raise ValueError(f"{NAME}: index {list(index.shape)} is per sample, but dim is 0")
+    if index.dim() == 2 and index.shape[0] != input.shape[0]:
+        raise ValueError(
+            f"{NAME}: index has a batch of {index.shape[0]}, expected {input.shape[0]}"
+        )
+
+
+def _check_range(index: Tensor, channels: int) -> None:
+    if index.device.type != "cpu" or not index.numel():
+        return
+    low, high = (int(bound) for bound in index.aminmax())
+    if low < 0 or high >= channels:
+        raise IndexError(
+            f"{NAME}: index holds {low if low < 0 else high}, input has {channels} channels"
+        )
+
+
+@torch.library.custom_op(f"vfmk::{NAME}", mutates_args=())
+def _forward(input: Tensor, index: Tensor, scale: Tensor | None, dim: int) -> Tensor:
+    _check_range(index, input.shape[dim])
+    output = _empty_output(input, index, scale, dim)
+    channels_last = _channels_last(input, dim)
+    per_sample = index.dim() == 2
+    source = _planes(input, dim, per_sample, channels_last)
+    target = _planes(output, dim, per_sample, channels_last)
+    if _one_row(source, channels_last):
+        source, target = source.flatten(2)[:, :, None], target.flatten(2)[:, :, None]
+    arguments = (source, _maps(index), _maps(scale), channels_last, target)
+    _backends.kernel(NAME, "forward", input)(*arguments)
+    return output
+
+
+@_forward.register_fake
+def _empty_output(input: Tensor, index: Tensor, scale: Tensor | None, dim: int) -> Tensor:
+    size = [*input.shape[:dim], index.shape[-1], *input.shape[dim + 1 :]]
+    return _empty(size, input, dim, _channels_last(input, dim))
+
+
+@torch.library.custom_op(f"vfmk::{NAME}_backward", mutates_args=())
+def _backward(
+    grad_output: Tensor,
+    input: Tensor | None,
+    index: Tensor,
+    scale: Tensor | None,
+    input_channels: int,
+    dim: int,
+    channels_last: bool,
+    wanted: Sequence[bool],
+) -> tuple[Tensor, Tensor]:
+    gradients = _empty_gradients(
+        grad_output, input, index, scale, input_channels, dim, channels_last, wanted
+    )
+    per_sample = index.dim() == 2
+    planes = [
+        None if tensor is None else _planes(tensor, dim, per_sample, channels_last)
+        for tensor in (
+            _in_layout(grad_output, dim, channels_last),
+            input if wanted[1] else None,
+            gradients[0] if wanted[0] else None,
+        )
+    ]
+    if all(tensor is None or _one_row(tensor, channels_last) for tensor in planes):
+        planes = [None if tensor is None else tensor.flatten(2)[:, :, None] for tensor in planes]
+    arguments = (
+        *(*planes[:2], _maps(index), _maps(scale), input_channels, channels_last, planes[2]),
+        _maps(gradients[1]) if wanted[1] else None,
+    )
+    _backends.kernel(NAME, "backward", grad_output)(*arguments)
+    return gradients
+
+
+@_backward.register_fake
+def _empty_gradients(
+    grad_output: Tensor,
+    input: Tensor | None,
+    index: Tensor,
+    scale: Tensor | None,
+    input_channels: int,
+    dim: int,
+    channels_last: bool,
+    wanted: Sequence[bool],
+) -> tuple[Tensor, Tensor]:
+    """A tensor for each gradient, empty ([0]) for those that nobody wants."""
+    size = [*grad_output.shape[:dim], input_channels, *grad_output.shape[dim + 1 :]]
+    return (
+        _empty(size, grad_output, dim, channels_last) if wanted[0] else grad_output.new_empty(0),
+        grad_output.new_empty(index.shape if wanted[1] else 0),
+    )
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    input, index, scale, ctx.dim = inputs
+    needed = scale is not None and scale.requires_grad
+    ctx.save_for_backward(input if needed else None, index, scale)
+    ctx.input_channels = input.shape[ctx.dim]
+    ctx.channels_last = _channels_last(input, ctx.dim)
+
+
+def _gradients(ctx, grad_output: Tensor):  # type: ignore[no-untyped-def]
+    wanted = [ctx.needs_input_grad[0], ctx.needs_input_grad[2]]
+    grad_input, grad_scale = torch.ops.vfmk.channel_remap_backward(
+        grad_output, *ctx.saved_tensors, ctx.input_channels, ctx.dim, ctx.channels_last, wanted
+    )
+    return (grad_input if wanted[0] else None, None, grad_scale if wanted[1] else None, None)
+
+
+_forward.register_autograd(_gradients, setup_context=_setup_context)
+
+
+def _channels_last(input: Tensor, dim: int) -> bool:
+    """The layout of every result, by the rule that each backend goes by: dense columns first."""
+    last = input.dim() - 1
+    return dim == last or (input.stride(dim) == 1 and input.stride(last) != 1)
+
+
+def _empty(size: Sequence[int], like: Tensor, dim: int, channels_last: bool) -> Tensor:
+    if not channels_last:
+        return like.new_empty(size)
+    innermost = [*size[:dim], *size[dim + 1 :], size[dim]]
+    return like.new_empty(innermost).movedim(-1, dim)
+
+
+def _in_layout(tensor: Tensor, dim: int, channels_last: bool) -> Tensor:
+    if not channels_last:
+        return tensor.contiguous()
+    return tensor.movedim(dim, -1).contiguous().movedim(-1, dim)
+
+
+def _planes(tensor: Tensor, dim: int, per_sample: bool, channels_last: bool) -> Tensor:
+    """[N, C, rows, columns] with dense columns, or channels if those are last: a view, or a copy
+    where the strides allow none (never of an output, which is dense)."""
+    view = _four_dimensions(tensor, dim, per_sample)
+    innermost = 1 if channels_last else 3
+    if view.shape[innermost] > 1 and view.stride(innermost) != 1:
+        view = _four_dimensions(_in_layout(tensor, dim, channels_last), dim, per_sample)
+    return view
+
+
+def _four_dimensions(tensor: Tensor, dim: int, per_sample: bool) -> Tensor:
+    before, channels, after = tensor.shape[:dim], tensor.shape[dim], tensor.shape[dim + 1 :]
+    if after:
+        return tensor.reshape(before.numel(), channels, after[:-1].numel(), after[-1])
+    samples = before[0] if per_sample else 1
+    pixels = before[1:].numel() if per_sample else before.numel()
+    return tensor.reshape(samples, 1, pixels, channels).permute(0, 3, 1, 2)
+
+
+def _one_row(planes: Tensor, channels_last: bool) -> bool:
+    rows, columns = planes.shape[2:]
+    step = planes.stride(3) if channels_last else 1
+    return rows == 1 or planes.stride(2) == columns * step
+
+
+def _maps(tensor: Tensor | None) -> Tensor | None:
+    """index or scale as [maps, C']."""
+    if tensor is None:
+        return None
+    return (tensor if tensor.dim() == 2 else tensor[None]).contiguous()
+
+
+def _not_supported(device: str, input: Tensor) -> str:
+    if input.device.type != device:
+        return f"input is on {input.device}"
+    return "float64 has the reference alone" if input.dtype == torch.float64 else ""
+
+
+def _not_supported_by_triton(input: Tensor) -> str:
+    return _not_supported("cpu" if _backends.interpreted() else "cuda", input)
+
+
+_backends.register(
+    NAME,
+    {
+        "cuda": _backends.native(NAME, functools.partial(_not_supported, "cuda")),
+        "triton": _backends.module(f"vfmk.kernels.{NAME}", _not_supported_by_triton),
+        "cpu": _backends.native(NAME, functools.partial(_not_supported, "cpu")),
+        "reference": _backends.module(f"vfmk.reference.{NAME}", lambda input: ""),
+    },
+)
