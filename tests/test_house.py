@@ -12,7 +12,9 @@ FLOORS = [  # from the ground up; modules of one floor may import each other
     {"vfmk.ops"},
     {"vfmk.nn"},
     {"vfmk.sam"},
-    {"vfmk.data", "vfmk.tasks"},
+    {"vfmk.data"},
+    {"vfmk.channels"},
+    {"vfmk.tasks"},
     {"vfmk.cli"},
     {"bench", "tests"},
 ]

@@ -5,9 +5,13 @@ try:
 except ImportError as error:
     raise SystemExit(f"vfmk: {error}; the commands need: pip install vfmk[cli]") from None
 
+from vfmk.cli.apply import apply
 from vfmk.cli.demo import demo
 from vfmk.cli.info import info
+from vfmk.cli.search import search
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
 app.command()(info)
 app.command()(demo)
+app.command()(search)
+app.command()(apply)

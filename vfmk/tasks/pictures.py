@@ -58,3 +58,28 @@ def _overlaid(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
     grey = np.repeat(image.mean(-1, keepdims=True), 3, axis=-1) / 255
     colour = np.array([1.0, 0.35, 0.1])
     return np.where(mask[..., None], 0.35 * grey + 0.65 * colour, grey)
+
+
+def draw_gains(path: Path, gains: np.ndarray) -> None:
+    """How many pairs gain how much: a histogram of [C, C], less the diagonal and what is NaN."""
+    off_diagonal = gains[~np.eye(len(gains), dtype=bool)]
+    figure, axes = pyplot.subplots(figsize=(6, 3), layout="constrained")
+    axes.hist(off_diagonal[~np.isnan(off_diagonal)], bins=100, log=True)
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set_xlabel("gain in IoU")
+    axes.set_ylabel("pairs of channels")
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def draw_heat_map(path: Path, gains: np.ndarray) -> None:
+    """Gain by channel overwritten and channel read, [C, C]; grey where it is NaN."""
+    most = np.nanmax(np.abs(gains)) or 1
+    colours = pyplot.get_cmap("RdBu_r").with_extremes(bad="0.8")
+    figure, axes = pyplot.subplots(figsize=(6, 5), layout="constrained")
+    image = axes.imshow(gains, cmap=colours, vmin=-most, vmax=most, interpolation="nearest")
+    axes.set_xlabel("channel read")
+    axes.set_ylabel("channel overwritten")
+    figure.colorbar(image, label="gain in IoU")
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
