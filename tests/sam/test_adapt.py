@@ -8,7 +8,6 @@ import torch
 import vfmk
 from tests.sam.models import SMALL, randomise, records
 
-
 RELEASED = vfmk.VFMAdapterConfig(conv="dense", global_branch=False)
 
 

@@ -1,16 +1,23 @@
 """What the commands show while they work, and how they end."""
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+def terminal() -> Console:
+    """Of several processes that torchrun started, the first alone speaks."""
+    return Console(quiet=os.environ.get("RANK", "0") != "0")
 
 
 @contextmanager
 def steps_bar() -> Iterator[Callable[[int, int, float], None]]:
     """A bar; call what it gives with steps done, steps in all, and the loss."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeRemainingColumn()) as bar:
+    with Progress(*columns, TimeRemainingColumn(), console=terminal()) as bar:
         task = bar.add_task("evaluating before the first step", total=None)
 
         def show(done: int, total: int, loss: float) -> None:

@@ -30,7 +30,7 @@ from vfmk.data.dataset import (
     Item,
     Record,
     Target,
-    Task,
+    TaskName,
     check_same_size,
     read_image,
     read_size,
@@ -69,7 +69,7 @@ class MaskedImage:
     """A record of one pair, for the promptable and the semantic task."""
 
     pair: Pair
-    task: Task
+    task: TaskName
     meaning: MaskMeaning
 
     @property
@@ -102,7 +102,7 @@ class MaskedImage:
 
 def masked_images(
     pairs: Sequence[Pair],
-    task: Task,
+    task: TaskName,
     skipped: list[str] | None,
     classes: Sequence[str] | None = None,
 ) -> tuple[list[Record], list[str]]:

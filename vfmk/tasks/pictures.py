@@ -2,9 +2,12 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
+import torch
+from torch import Tensor
 
 from vfmk.data.sample import Sample
 from vfmk.tasks.controls import binary_iou
@@ -35,6 +38,24 @@ def draw_grid(
             axes.set_title(title, fontsize=8)
             axes.set_axis_off()
         row[0].plot(*sample.points[0], marker="*", color="lime", markeredgecolor="black")
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def draw_predictions(
+    path: Path, rows: Sequence[tuple[Tensor, Sequence[dict[str, Any]]]], classes: Sequence[str]
+) -> None:
+    """A row for each image [3, H, W]: itself, then upon it its truth, what was predicted before
+    and after, each with any of "semantic", "masks", "boxes" and "labels"."""
+    titles = ("image", "truth", "before", "after")
+    figure, grid = pyplot.subplots(
+        len(rows), len(titles), figsize=(8, 2.1 * len(rows)), squeeze=False, layout="constrained"
+    )
+    for axes_row, (image, shown) in zip(grid, rows, strict=True):
+        for axes, title, result in zip(axes_row, titles, ({}, *shown), strict=True):
+            axes.imshow(_coloured(torch.as_tensor(image), result, classes).permute(1, 2, 0).numpy())
+            axes.set_title(title, fontsize=8)
+            axes.set_axis_off()
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
@@ -83,3 +104,32 @@ def draw_heat_map(path: Path, gains: np.ndarray) -> None:
     figure.colorbar(image, label="gain in IoU")
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
+
+
+def _coloured(image: Tensor, result: dict[str, Any], classes: Sequence[str]) -> Tensor:
+    """uint8 [3, H, W]: masks and classes as colours, boxes with their names; of predictions those
+    that have at least half the certainty."""
+    from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
+
+    drawn = image
+    keep = torch.as_tensor(result["scores"]) >= 0.5 if "scores" in result else slice(None)
+    if "semantic" in result:
+        semantic = torch.as_tensor(result["semantic"])
+        masks = semantic == torch.arange(len(classes))[:, None, None]
+        drawn = draw_segmentation_masks(drawn, masks, alpha=0.6, colors=_palette(len(classes)))
+    if "masks" in result:
+        masks = torch.as_tensor(result["masks"])[keep]
+        if len(masks):
+            drawn = draw_segmentation_masks(drawn, masks, alpha=0.6, colors=_palette(len(masks)))
+    if "boxes" in result:
+        boxes, labels = (torch.as_tensor(result[key])[keep] for key in ("boxes", "labels"))
+        if len(boxes):
+            names = [classes[int(label)] for label in labels]
+            colours = [_palette(len(classes))[int(label)] for label in labels]
+            drawn = draw_bounding_boxes(drawn, boxes, names, colours)
+    return drawn
+
+
+def _palette(count: int) -> list[tuple[int, int, int]]:
+    colours = pyplot.get_cmap("hsv")(np.arange(count) / max(1, count))
+    return [(int(255 * r), int(255 * g), int(255 * b)) for r, g, b, _ in colours]
