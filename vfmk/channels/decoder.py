@@ -141,7 +141,7 @@ class CandidateDecoder:
         return torch.baddbmm(on_position, asked, pixels.transpose(1, 2))
 
     def _masks(self, pixels: Tensor, token: Tensor, grid: tuple[int, int]) -> Tensor:
-        """The 2×2 transposed convolutions at stride 2, as products, and the mask token's network."""
+        """The transposed convolutions, 2×2 at stride 2, as products; the mask token's network."""
         first, norm, activation, second, last_activation = self.decoder.output_upscaling
         x = F.linear(pixels, *_as_linear(first)).unflatten(-1, (4, -1))  # [K, N, 4, C / 4]
         x = activation(F.layer_norm(x, norm.weight.shape, norm.weight, norm.bias, norm.eps))

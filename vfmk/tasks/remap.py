@@ -1,4 +1,4 @@
-"""Parameter-free fine-tuning from images to report: search, controls, one look at the test split."""
+"""Parameter-free fine-tuning from images to report: the search, its controls, one test."""
 
 import json
 from collections.abc import Sequence
