@@ -2,7 +2,7 @@
 
 from importlib.metadata import version
 
-from vfmk import ops, reference
+from vfmk import channels, ops, reference
 from vfmk._backends import BackendError, backends, use_backend
 from vfmk.nn.config import VFMAdapterConfig
 from vfmk.sam.accelerate import accelerate, restore
@@ -16,6 +16,7 @@ __all__ = [
     "VFMAdapterConfig",
     "accelerate",
     "backends",
+    "channels",
     "get_adapted_model",
     "load_sam",
     "ops",

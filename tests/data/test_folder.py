@@ -1,9 +1,11 @@
+import json
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from vfmk.data import DataError
-from vfmk.data.folder import load_folder
+from vfmk.data.folder import load_samples
 from vfmk.data.sample import Sample
 
 HEIGHT, WIDTH = 20, 30
@@ -26,7 +28,7 @@ def write_mask(path, height=HEIGHT, width=WIDTH, value=255):
 
 
 def test_triple(triple):
-    (sample,) = load_folder(triple)
+    (sample,) = load_samples(triple)
     assert sample.id == "a"
     assert sample.image.shape == (HEIGHT, WIDTH, 3)
     assert sample.image.dtype == np.uint8
@@ -40,7 +42,7 @@ def test_triple(triple):
 
 def test_without_a_point_file_the_point_is_the_deepest(triple):
     (triple / "a.txt").unlink()
-    (sample,) = load_folder(triple)
+    (sample,) = load_samples(triple)
     x, y = sample.points[0]
     assert y == 6
     assert 8 <= x <= 16
@@ -48,26 +50,26 @@ def test_without_a_point_file_the_point_is_the_deepest(triple):
 
 def test_box_and_point_gives_the_point(triple):
     (triple / "a.txt").write_text("4,2,20,10,7.5,3.25")
-    assert load_folder(triple)[0].points.tolist() == [[7.5, 3.25]]
+    assert load_samples(triple)[0].points.tolist() == [[7.5, 3.25]]
 
 
 @pytest.mark.parametrize("value", [1, 180, 255])
 def test_mask_is_what_is_brighter_than_half_its_maximum(triple, value):
     write_mask(triple / "a.png", value=value)
-    assert load_folder(triple)[0].mask.sum() == 9 * 17
+    assert load_samples(triple)[0].mask.sum() == 9 * 17
 
 
 @pytest.mark.parametrize("mode", ["1", "RGB", "P"])
 def test_mask_in_other_modes(triple, mode):
     Image.open(triple / "a.png").convert(mode).save(triple / "a.png")
-    assert load_folder(triple)[0].mask.sum() == 9 * 17
+    assert load_samples(triple)[0].mask.sum() == 9 * 17
 
 
 def test_samples_come_in_the_order_of_their_stems(triple):
     for stem in ("b10", "b9"):
         Image.open(triple / "a.jpg").save(triple / f"{stem}.jpeg")
         write_mask(triple / f"{stem}.png")
-    assert [sample.id for sample in load_folder(triple)] == ["a", "b10", "b9"]
+    assert [sample.id for sample in load_samples(triple)] == ["a", "b10", "b9"]
 
 
 def test_images_and_masks_in_their_own_folders(triple):
@@ -78,17 +80,17 @@ def test_images_and_masks_in_their_own_folders(triple):
     (triple / "a.txt").rename(triple / "images" / "a.txt")
     write_mask(triple / "masks" / "a.png")
     write_mask(triple / "masks" / "b.png")
-    a, b = load_folder(triple)
+    a, b = load_samples(triple)
     assert (a.id, b.id) == ("a", "b")
     assert a.points.tolist() == [[6, 5]]
     assert np.array_equal(a.image, b.image)
 
 
 def test_missing_folder_and_folder_without_images(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere is not a folder"):
-        load_folder(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
+        load_samples(tmp_path / "nowhere")
     with pytest.raises(DataError, match=r"has no image \(\.jpeg, \.jpg\)"):
-        load_folder(tmp_path)
+        load_samples(tmp_path)
 
 
 def missing_mask(folder):
@@ -160,7 +162,7 @@ def point_is_nan(folder):
 def test_what_does_not_fit_is_named(triple, spoil, message):
     spoil(triple)
     with pytest.raises(ValueError, match=message):
-        load_folder(triple)
+        load_samples(triple)
 
 
 def test_a_large_sample_is_shrunk_with_its_points():
@@ -173,3 +175,24 @@ def test_a_large_sample_is_shrunk_with_its_points():
     x, y = small.points[0].astype(int)
     assert small.mask[y, x]
     assert sample.shrunk(600) is sample
+
+
+def test_a_manifest_gives_its_points_and_all_its_splits(triple):
+    lines = [
+        {"id": "x/1", "split": "a", "points": [[6, 5], [0, 0]], "labels": [1, 0]},
+        {"split": "b"},
+    ]
+    manifest = triple / "manifest.jsonl"
+    manifest.write_text(
+        "".join(json.dumps({"image": "a.jpg", "mask": "a.png", **line}) + "\n" for line in lines)
+    )
+    first, second = load_samples(manifest)
+    assert (first.id, second.id) == ("x/1", "a")
+    assert first.points.tolist() == [[6, 5], [0, 0]]
+    assert first.labels.tolist() == [1, 0]
+    assert second.labels.tolist() == [1]
+    assert len(load_samples(manifest, limit=1)) == 1
+    assert [sample.id for sample in load_samples(manifest, split="b")] == ["a"]
+    manifest.write_text(manifest.read_text()[:-9])
+    with pytest.raises(DataError, match=r"manifest\.jsonl:2 is not JSON"):
+        load_samples(manifest)

@@ -22,7 +22,7 @@ from vfmk.data.dataset import (
     Item,
     Record,
     Target,
-    Task,
+    TaskName,
     object_targets,
     read_image,
     skipping,
@@ -50,7 +50,7 @@ class CocoImage:
     image_id: int
     size: tuple[int, int]  # (H, W)
     annotations: tuple[Annotation, ...]
-    task: Task
+    task: TaskName
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -110,7 +110,7 @@ class CocoImage:
 
 def coco_records(
     path: Path,
-    task: Task,
+    task: TaskName,
     skipped: list[str] | None,
     classes: Sequence[str] | None = None,
 ) -> tuple[list[Record], list[str]]:
@@ -233,7 +233,7 @@ def _parse_annotation(
     entry: dict[str, Any],
     size: tuple[int, int],
     labels: dict[int, int],
-    task: Task,
+    task: TaskName,
 ) -> Annotation:
     name = f"{path}: annotation {entry.get('id')}, of image {entry['image_id']},"
     if entry.get("category_id") not in labels:

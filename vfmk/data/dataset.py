@@ -12,8 +12,8 @@ from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
-Task = Literal["promptable", "semantic", "instance", "detection"]
-TASKS: tuple[str, ...] = get_args(Task)
+TaskName = Literal["promptable", "semantic", "instance", "detection"]
+TASKS: tuple[str, ...] = get_args(TaskName)
 IGNORE = 255  # in semantic masks: no class, not scored
 BACKGROUND = "background"
 LONG = 200  # records, from which reading them all shows its progress

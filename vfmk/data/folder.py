@@ -30,7 +30,7 @@ from vfmk.data.dataset import (
     Item,
     Record,
     Target,
-    Task,
+    TaskName,
     check_same_size,
     read_image,
     read_size,
@@ -38,20 +38,30 @@ from vfmk.data.dataset import (
     with_progress,
 )
 from vfmk.data.masks import OBJECT, MaskMeaning, read_mask
-from vfmk.data.sample import Sample, deepest_point
+from vfmk.data.sample import Sample
 
 PAIR_SUFFIXES = {".jpg", ".jpeg"}  # beside their masks, which are .png
 IMAGE_SUFFIXES = PAIR_SUFFIXES | {".png", ".bmp", ".tif", ".tiff", ".webp"}
 
 
+Point = tuple[float, float]  # (x, y)
+
+
 @dataclass(frozen=True)
 class Pair:
-    """An image, its mask, and perhaps a point (x, y) with the place where it is written."""
+    """An image, its mask, and perhaps points with the place where they are written."""
 
     image: Path
     mask: Path
-    point: tuple[float, float] | None = None
-    point_source: str = ""
+    points: tuple[Point, ...] = ()
+    labels: tuple[int, ...] = ()  # 1 on the object, 0 off it
+    points_source: str = ""
+    id: str = ""
+
+    @property
+    def point(self) -> Point | None:
+        """The first on the object."""
+        return next((p for p, label in zip(self.points, self.labels, strict=True) if label), None)
 
 
 @dataclass(frozen=True)
@@ -59,7 +69,7 @@ class MaskedImage:
     """A record of one pair, for the promptable and the semantic task."""
 
     pair: Pair
-    task: Task
+    task: TaskName
     meaning: MaskMeaning
 
     @property
@@ -83,7 +93,7 @@ class MaskedImage:
         x, y = point
         is_on = masks[:, int(y), int(x)]
         if not is_on.any():
-            raise DataError(f"{self.pair.point_source}: ({x}, {y}) is outside the mask")
+            raise DataError(f"{self.pair.points_source}: ({x}, {y}) is outside the mask")
         points = np.full((len(masks), 2), math.nan, np.float32)
         points[is_on] = x, y
         canvas_size = (masks.shape[1], masks.shape[2])
@@ -92,7 +102,7 @@ class MaskedImage:
 
 def masked_images(
     pairs: Sequence[Pair],
-    task: Task,
+    task: TaskName,
     skipped: list[str] | None,
     classes: Sequence[str] | None = None,
 ) -> tuple[list[Record], list[str]]:
@@ -111,8 +121,8 @@ def masked_images(
             size = read_size(pair.image)
             mask, has_palette = read_mask(pair.mask)
             check_same_size(pair.mask, mask.shape, pair.image, size)
-            if pair.point is not None:
-                _check_inside(pair.point_source, pair.point, size)
+            for point in pair.points:
+                _check_inside(pair.points_source, point, size)
             if task == "promptable" and not mask.any():
                 raise DataError(f"{pair.mask} is empty, expected an object")
             values.update(np.flatnonzero(np.bincount(mask.ravel())).tolist())
@@ -153,8 +163,10 @@ def pairs_of_folder(folder: Path, skipped: list[str] | None) -> list[Pair]:
             if image.stem in pairs:
                 raise DataError(f"{image} has the stem of {pairs[image.stem].image}")
             text = image.with_suffix(".txt")
-            point = _read_point(text) if text.exists() else None
-            pairs[image.stem] = Pair(image, masks[image.stem], point, str(text))
+            points, labels = ((_read_point(text),), (1,)) if text.exists() else ((), ())
+            pairs[image.stem] = Pair(
+                image, masks[image.stem], points, labels, str(text), image.stem
+            )
     stems = {image.stem for image in images}
     for stem, mask in sorted(masks.items()):
         with skipping(skipped):
@@ -163,8 +175,10 @@ def pairs_of_folder(folder: Path, skipped: list[str] | None) -> list[Pair]:
     return list(pairs.values())
 
 
-def pairs_of_manifest(path: Path, split: str | None, skipped: list[str] | None) -> list[Pair]:
-    """In the manifest's order.
+def pairs_of_manifest(
+    path: Path, split: str | None, skipped: list[str] | None, *, mixed: bool = False
+) -> list[Pair]:
+    """In the manifest's order; without `split` all lines, of several splits only if `mixed`.
 
     Raises:
         DataError: unless into `skipped`; no such split, or several and none is asked for.
@@ -179,44 +193,59 @@ def pairs_of_manifest(path: Path, split: str | None, skipped: list[str] | None) 
             with skipping(skipped):
                 lines.append((f"{path}:{number}", _parse_line(f"{path}:{number}", line)))
     splits = {str(entry["split"]) for _, entry in lines if "split" in entry}
-    if (split is None and len(splits) > 1) or (split is not None and split not in splits):
+    ambiguous = split is None and len(splits) > 1 and not mixed
+    if ambiguous or (split is not None and split not in splits):
         raise DataError(f"{path} has the splits {sorted(splits)}, asked for {split!r}")
     pairs = []
     for source, entry in lines:
         if split is None or entry.get("split") == split:
             with skipping(skipped):
-                point = _first_positive(source, entry)
+                points, labels = _points(source, entry)
                 image, mask = path.parent / entry["image"], path.parent / entry["mask"]
-                pairs.append(Pair(image, mask, point, source))
+                pairs.append(Pair(image, mask, points, labels, source, entry.get("id", image.stem)))
     return pairs
 
 
-def load_folder(path: str | PathLike[str]) -> list[Sample]:
-    """All of a folder of one object an image, read, ordered by stem as a string.
+def load_samples(
+    path: str | PathLike[str], limit: int | None = None, *, split: str | None = None
+) -> list[Sample]:
+    """Samples of one object an image: of a folder ordered by stem as a string, or of a manifest.
 
-    Where there is no `X.txt`, the point is the mask's deepest.
+    Where no points are given, the point is the mask's deepest.
+
+    Args:
+        path: a folder, or a manifest (`.jsonl`).
+        limit: so many at most, the first ones.
+        split: of a manifest; by default all its lines.
 
     Raises:
-        FileNotFoundError: no such folder.
+        FileNotFoundError: no such folder or manifest.
         DataError: no image in it; naming the file that is missing, unreadable, or does not fit its
-            image; a mask of several objects.
+            image, or the manifest's line; a mask that is empty or has several objects; a point
+            outside the image, or labelled as on the object and off it.
     """
-    folder = Path(path)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"load_folder: {folder} is not a folder")
-    records, _ = masked_images(pairs_of_folder(folder, None), "promptable", None)
-    samples = []
-    for record in records:
-        image, target = record.read()
-        image_path, mask_path = record.files
-        if len(target["masks"]) > 1:
-            raise DataError(f"{mask_path} has {len(target['masks'])} objects, expected 1")
-        mask = target["masks"][0].numpy()
-        point = target["points"][0].numpy() if "points" in target else deepest_point(mask)
-        pixels = np.ascontiguousarray(image.permute(1, 2, 0).numpy())
-        stem = Path(image_path).stem
-        samples.append(Sample(stem, pixels, mask, point[None], np.ones(1, np.int64)))
-    return samples
+    source = Path(path)
+    if not source.exists():
+        raise FileNotFoundError(f"load_samples: {source} does not exist")
+    if source.is_dir():
+        pairs = pairs_of_folder(source, None)
+    else:
+        pairs = pairs_of_manifest(source, split, None, mixed=True)
+    records, _ = masked_images(pairs[:limit], "promptable", None)
+    return [_sample(record) for record in records]
+
+
+def _sample(record: MaskedImage) -> Sample:
+    pair = record.pair
+    image, target = record.read()
+    if len(target["masks"]) > 1:
+        raise DataError(f"{pair.mask} has {len(target['masks'])} objects, expected 1")
+    mask = target["masks"][0].numpy()
+    pixels = np.ascontiguousarray(image.permute(1, 2, 0).numpy())
+    if not pair.points:
+        return Sample.with_deepest_point(pair.id, pixels, mask)
+    points, labels = np.array(pair.points, np.float32), np.array(pair.labels, np.int64)
+    return Sample(pair.id, pixels, mask, points, labels)
 
 
 def _read_point(path: Path) -> tuple[float, float]:
@@ -249,15 +278,15 @@ def _parse_line(source: str, line: str) -> dict[str, Any]:
     return entry
 
 
-def _first_positive(source: str, entry: dict[str, Any]) -> tuple[float, float] | None:
+def _points(source: str, entry: dict[str, Any]) -> tuple[tuple[Point, ...], tuple[int, ...]]:
+    """A line's points and their labels."""
     points, labels = entry.get("points", []), entry.get("labels", [])
     try:
-        for (x, y), label in zip(points, labels, strict=True):
-            if label == 1:
-                return float(x), float(y)
+        if len(points) == len(labels) and all(label in (0, 1) for label in labels):
+            return tuple((float(x), float(y)) for x, y in points), tuple(map(int, labels))
     except (TypeError, ValueError):
-        raise DataError(
-            f"{source}: points must be [[x, y], ...] with a label each, "
-            f"got points {points} and labels {labels}"
-        ) from None
-    return None
+        pass
+    raise DataError(
+        f"{source}: points must be [[x, y], ...] with a label 0 or 1 each, "
+        f"got points {points} and labels {labels}"
+    )

@@ -12,7 +12,7 @@ from vfmk.data.dataset import (
     DataError,
     Record,
     RecordDataset,
-    Task,
+    TaskName,
     skipping,
     with_progress,
 )
@@ -25,7 +25,7 @@ SPLITS = ("train", "val", "test")  # sub-folders
 
 def open_dataset(
     path: str | PathLike[str],
-    task: Task,
+    task: TaskName,
     *,
     split: str | None = None,
     skip_bad: bool = False,
@@ -74,7 +74,7 @@ def open_dataset(
     return RecordDataset(root if root.is_dir() else root.parent, records, names, skipped or [])
 
 
-def _check_classes(task: Task, classes: Sequence[str]) -> None:
+def _check_classes(task: TaskName, classes: Sequence[str]) -> None:
     if task == "promptable":
         raise ValueError("open_dataset: promptable objects have no classes, got classes")
     if len(classes) < 2 or len(set(classes)) < len(classes) or len(classes) > 255:
@@ -87,7 +87,7 @@ def _check_classes(task: Task, classes: Sequence[str]) -> None:
 
 def _records(
     path: Path,
-    task: Task,
+    task: TaskName,
     split: str | None,
     skipped: list[str] | None,
     classes: Sequence[str] | None,

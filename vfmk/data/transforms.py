@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from vfmk.data.dataset import IGNORE, TASKS, Item, Target, Task, boxes_around
+from vfmk.data.dataset import IGNORE, TASKS, Item, Target, TaskName, boxes_around
 
 PIXEL_MEAN = (124, 116, 104)  # SAM's, to the nearest integer: as padding, about 0 once normalised
 
@@ -23,7 +23,7 @@ Window = tuple[int, int, int, int]  # top, left, height, width
 
 
 def transforms(
-    task: Task, size: int, train: bool, *, jitter: tuple[float, float] = (0.1, 2.0)
+    task: TaskName, size: int, train: bool, *, jitter: tuple[float, float] = (0.1, 2.0)
 ) -> Callable[[tv_tensors.Image, Target], Item]:
     """What takes `(image, target)` of a data set into SAM's square of `size` pixels.
 

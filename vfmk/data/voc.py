@@ -22,7 +22,7 @@ from vfmk.data.dataset import (
     Item,
     Record,
     Target,
-    Task,
+    TaskName,
     boxes_around,
     check_same_size,
     object_targets,
@@ -50,7 +50,7 @@ class VocImage:
     object_mask: Path
     image_id: int
     classes: tuple[str, ...]
-    task: Task
+    task: TaskName
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -98,7 +98,7 @@ def is_voc(folder: Path) -> bool:
 
 def voc_records(
     folder: Path,
-    task: Task,
+    task: TaskName,
     split: str | None,
     skipped: list[str] | None,
     classes: Sequence[str] | None = None,

@@ -28,7 +28,7 @@ def accelerate(model: Model) -> Model:
     """
     from vfmk.sam import block
 
-    encoder = _encoder_of("accelerate", model)
+    encoder = encoder_of("accelerate", model)
     if block.is_fused(encoder):
         raise ValueError("accelerate: the model is accelerated already")
     without = [i for i, b in enumerate(encoder.blocks) if not b.attn.use_rel_pos]
@@ -47,14 +47,14 @@ def restore(model: Model) -> Model:
     """
     from vfmk.sam import block
 
-    encoder = _encoder_of("restore", model)
+    encoder = encoder_of("restore", model)
     if not block.is_fused(encoder):
         raise ValueError("restore: the model is not accelerated")
     block.unfuse_attention(encoder)
     return model
 
 
-def _encoder_of(operator: str, model: nn.Module) -> "ImageEncoderViT":
+def encoder_of(operator: str, model: nn.Module) -> "ImageEncoderViT":
     from segment_anything.modeling import ImageEncoderViT, Sam
 
     if isinstance(model, AdaptedSam):

@@ -12,7 +12,7 @@ import torch
 import vfmk
 from vfmk._files import write_whole
 from vfmk.data.demo_scenes import demo_scenes
-from vfmk.data.folder import load_folder
+from vfmk.data.folder import load_samples
 from vfmk.data.sample import Sample
 from vfmk.tasks import pictures
 from vfmk.tasks.controls import controlled_score, mean_iou, predict_logits
@@ -161,7 +161,7 @@ def _samples(data: Path | None, seed: int) -> tuple[Sequence[Sample], Sequence[S
             demo_scenes("train", TRAIN_SAMPLES, seed),
             demo_scenes("held_out", HELD_OUT_SAMPLES, seed),
         )
-    samples = [sample.shrunk(LONG_SIDE) for sample in load_folder(data)]
+    samples = [sample.shrunk(LONG_SIDE) for sample in load_samples(data)]
     if len(samples) < 2:
         raise ValueError(f"run_demo: {data} has {len(samples)} image, at least 2 are needed")
     return samples[::2][:TRAIN_SAMPLES], samples[1::2][:HELD_OUT_SAMPLES]

@@ -2,9 +2,12 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
+import torch
+from torch import Tensor
 
 from vfmk.data.sample import Sample
 from vfmk.tasks.controls import binary_iou
@@ -39,6 +42,24 @@ def draw_grid(
     pyplot.close(figure)
 
 
+def draw_predictions(
+    path: Path, rows: Sequence[tuple[Tensor, Sequence[dict[str, Any]]]], classes: Sequence[str]
+) -> None:
+    """A row for each image [3, H, W]: itself, then upon it its truth, what was predicted before
+    and after, each with any of "semantic", "masks", "boxes" and "labels"."""
+    titles = ("image", "truth", "before", "after")
+    figure, grid = pyplot.subplots(
+        len(rows), len(titles), figsize=(8, 2.1 * len(rows)), squeeze=False, layout="constrained"
+    )
+    for axes_row, (image, shown) in zip(grid, rows, strict=True):
+        for axes, title, result in zip(axes_row, titles, ({}, *shown), strict=True):
+            axes.imshow(_coloured(torch.as_tensor(image), result, classes).permute(1, 2, 0).numpy())
+            axes.set_title(title, fontsize=8)
+            axes.set_axis_off()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
 def draw_loss(path: Path, losses: Sequence[float]) -> None:
     """The loss of every step, and its mean over a tenth of them."""
     window = max(1, len(losses) // 10)
@@ -58,3 +79,57 @@ def _overlaid(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
     grey = np.repeat(image.mean(-1, keepdims=True), 3, axis=-1) / 255
     colour = np.array([1.0, 0.35, 0.1])
     return np.where(mask[..., None], 0.35 * grey + 0.65 * colour, grey)
+
+
+def draw_gains(path: Path, gains: np.ndarray) -> None:
+    """How many pairs gain how much: a histogram of [C, C], less the diagonal and what is NaN."""
+    off_diagonal = gains[~np.eye(len(gains), dtype=bool)]
+    figure, axes = pyplot.subplots(figsize=(6, 3), layout="constrained")
+    axes.hist(off_diagonal[~np.isnan(off_diagonal)], bins=100, log=True)
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set_xlabel("gain in IoU")
+    axes.set_ylabel("pairs of channels")
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def draw_heat_map(path: Path, gains: np.ndarray) -> None:
+    """Gain by channel overwritten and channel read, [C, C]; grey where it is NaN."""
+    most = np.nanmax(np.abs(gains)) or 1
+    colours = pyplot.get_cmap("RdBu_r").with_extremes(bad="0.8")
+    figure, axes = pyplot.subplots(figsize=(6, 5), layout="constrained")
+    image = axes.imshow(gains, cmap=colours, vmin=-most, vmax=most, interpolation="nearest")
+    axes.set_xlabel("channel read")
+    axes.set_ylabel("channel overwritten")
+    figure.colorbar(image, label="gain in IoU")
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def _coloured(image: Tensor, result: dict[str, Any], classes: Sequence[str]) -> Tensor:
+    """uint8 [3, H, W]: masks and classes as colours, boxes with their names; of predictions those
+    that have at least half the certainty."""
+    from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
+
+    drawn = image
+    keep = torch.as_tensor(result["scores"]) >= 0.5 if "scores" in result else slice(None)
+    if "semantic" in result:
+        semantic = torch.as_tensor(result["semantic"])
+        masks = semantic == torch.arange(len(classes))[:, None, None]
+        drawn = draw_segmentation_masks(drawn, masks, alpha=0.6, colors=_palette(len(classes)))
+    if "masks" in result:
+        masks = torch.as_tensor(result["masks"])[keep]
+        if len(masks):
+            drawn = draw_segmentation_masks(drawn, masks, alpha=0.6, colors=_palette(len(masks)))
+    if "boxes" in result:
+        boxes, labels = (torch.as_tensor(result[key])[keep] for key in ("boxes", "labels"))
+        if len(boxes):
+            names = [classes[int(label)] for label in labels]
+            colours = [_palette(len(classes))[int(label)] for label in labels]
+            drawn = draw_bounding_boxes(drawn, boxes, names, colours)
+    return drawn
+
+
+def _palette(count: int) -> list[tuple[int, int, int]]:
+    colours = pyplot.get_cmap("hsv")(np.arange(count) / max(1, count))
+    return [(int(255 * r), int(255 * g), int(255 * b)) for r, g, b, _ in colours]

@@ -18,14 +18,14 @@ import torch
 import torch.nn.functional as F
 from rich.progress import MofNCompleteColumn, Progress
 from safetensors.torch import save
-from scipy import ndimage
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from vfmk._files import write_whole
 from vfmk.data.scenes import generate_scene
 from vfmk.sam.load import build_tiny_sam, load_sam
-from vfmk.tasks.losses import mask_loss
+from vfmk.tasks.losses import prompted_losses
+from vfmk.tasks.prompts import decode, draw_box, draw_point
 from vfmk.tasks.score_tiny import score_tiny
 
 if TYPE_CHECKING:
@@ -74,54 +74,11 @@ class PromptedScenes(Dataset[Prompted]):
         )
 
 
-def draw_point(rng: np.random.Generator, mask: np.ndarray) -> np.ndarray:
-    """A point inside `mask`, anywhere or, half the time, away from its edge: float32 (x, y)."""
-    if rng.random() < 0.5:
-        depth = ndimage.distance_transform_edt(mask)
-        mask = depth > 0.7 * depth.max()
-    y, x = np.nonzero(mask)
-    chosen = rng.integers(len(y))
-    return np.array([x[chosen], y[chosen]], np.float32)
-
-
-def draw_box(rng: np.random.Generator, mask: np.ndarray) -> np.ndarray:
-    """The bounding box of `mask` with its corners shaken a little: float32 (x0, y0, x1, y1)."""
-    y, x = np.nonzero(mask)
-    box = np.array([x.min(), y.min(), x.max(), y.max()], np.float32)
-    reach = 0.05 * np.tile([box[2] - box[0], box[3] - box[1]], 2) + 0.5
-    return (box + rng.uniform(-1, 1, 4) * reach).astype(np.float32)
-
-
 def predict(sam: "Sam", batch: Prompted) -> tuple[Tensor, Tensor]:
     """Every mask token's logits [B*P, 4, h, w] and predicted IoU [B*P, 4], differentiable."""
     pixels = (batch.image - sam.pixel_mean) / sam.pixel_std
     embedding = sam.image_encoder(pixels)
-    with torch.autocast(pixels.device.type, enabled=False):  # bf16 would blur the coordinates
-        point, is_box = batch.point.flatten(0, 1), batch.is_box.flatten()
-        label = torch.ones_like(point[:, :1])
-        from_point, dense = sam.prompt_encoder((point[:, None], label), None, None)
-        from_box, _ = sam.prompt_encoder(None, batch.box.flatten(0, 1), None)
-        image_pe = sam.prompt_encoder.get_dense_pe()
-    # The decoder repeats one image embedding for its prompts and adds the dense prompts to it;
-    # a batch of images gets through as dense prompts.
-    dense = dense + embedding.repeat_interleave(batch.point.shape[1], dim=0)
-    return sam.mask_decoder.predict_masks(
-        image_embeddings=torch.zeros_like(embedding[:1]),
-        image_pe=image_pe,
-        sparse_prompt_embeddings=torch.where(is_box[:, None, None], from_box, from_point),
-        dense_prompt_embeddings=dense,
-    )
-
-
-def pretraining_loss(logits: Tensor, iou: Tensor, target: Tensor) -> Tensor:
-    """Scalar. Token 0 is the single mask; of the other three only the best one learns."""
-    logits, target = logits.float(), target.flatten(0, 1)[:, None]
-    per_mask = mask_loss(logits, target)  # [B*P, 4]
-    predicted, truth = logits.detach() > 0, target > 0.5
-    intersection = (predicted & truth).sum((-2, -1))
-    true_iou = intersection / (predicted | truth).sum((-2, -1)).clamp(min=1)
-    iou_error = F.mse_loss(iou.float(), true_iou)
-    return (per_mask[:, 0] + 0.5 * per_mask[:, 1:].min(dim=1).values).mean() + iou_error
+    return decode(sam, embedding, batch.point, batch.box, batch.is_box)
 
 
 def close_up_start(steps: int) -> int:
@@ -171,7 +128,8 @@ def pretrain(steps: int, seed: int, checkpoint: Path) -> "Sam":
             optimizer.param_groups[0]["lr"] = learning_rate(step, steps)
             with torch.autocast("cpu", torch.bfloat16):
                 logits, iou = predict(sam, batch)
-            loss = pretraining_loss(logits, iou, batch.target)
+            parts = prompted_losses(logits, iou, batch.target.flatten(0, 1))
+            loss = parts["mask"] + parts["iou"]
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(sam.parameters(), MAX_GRAD_NORM)

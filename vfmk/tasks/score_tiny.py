@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vfmk.data.demo_scenes import demo_scenes
-from vfmk.data.folder import load_folder
+from vfmk.data.folder import load_samples
 from vfmk.data.sample import Sample
 from vfmk.data.scenes import generate_scene
 from vfmk.sam.load import load_sam
@@ -55,7 +55,7 @@ def score_tiny(sam: "Sam") -> dict[str, dict[str, float]]:
         )._asdict(),
     }
     if (DATA / "isic2016").is_dir():
-        lesions = load_folder(DATA / "isic2016")
+        lesions = load_samples(DATA / "isic2016")
         scores["ISIC 2016"] = controlled_score(sam, lesions[:50], lesions[-50:])._asdict()
     return scores
 

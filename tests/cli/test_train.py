@@ -1,0 +1,133 @@
+"""`vfmk train`, `eval` and `export`, as a person calls them."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+pytest.importorskip("torchmetrics")
+pytest.importorskip("accelerate")
+
+import vfmk
+import vfmk.data
+from tests.shapes import Shapes
+from vfmk.cli import app
+from vfmk.train.run import load_run
+
+
+@pytest.fixture(autouse=True)
+def data(monkeypatch):
+    """Shapes in place of files; the split "val" has others."""
+
+    def open_dataset(path, task, *, split=None, skip_bad=False, classes=None):
+        assert task != "promptable" or classes is None
+        return Shapes(task, 5, seed=int(split == "val"))
+
+    monkeypatch.setattr(vfmk.data, "open_dataset", open_dataset, raising=False)
+    monkeypatch.setattr(vfmk.data, "digest", lambda dataset: f"{dataset.classes} {len(dataset)}")
+
+
+def call(*arguments, code=0):
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+def train(out, *arguments, task="promptable", code=0):
+    common = ("--data", "shapes", "--epochs", 1, "--learning-rate", 1e-3, "--rank", 4)
+    return call("train", "--task", task, "--out", out, *common, *arguments, code=code)
+
+
+def assert_is_picture(path):
+    with Image.open(path) as image:
+        assert min(image.size) > 100
+
+
+def test_train_eval_and_export(tmp_path):
+    run = tmp_path / "run"
+    output = train(run, "--eval-split", "val", "--model", "tiny", "--adapter", "vfm")
+    assert "iou" in output
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["steps"] == 2  # 5 images, 2 a step
+    config = json.loads((run / "config.json").read_text())
+    assert (config["model"]["adapter"], config["train"]["epochs"]) == ("vfm", 1)
+    for picture in ("loss.png", "grid.png"):
+        assert_is_picture(run / picture)
+    adapted = vfmk.AdaptedSam.from_pretrained(vfmk.load_sam("tiny"), run / "adapter")
+    trained, _ = load_run(run)
+    for name, tensor in adapted.adapters.state_dict().items():
+        assert torch.equal(tensor, trained.model.adapters.state_dict()[name])
+
+    call("eval", "--run", run, "--data", "shapes", "--split", "val")
+    assert json.loads((run / "eval" / "metrics.json").read_text()) == metrics["best"]
+    for picture in ("loss.png", "grid.png"):
+        assert_is_picture(run / "eval" / picture)
+
+    output = call("export", "--run", run)
+    assert "encoder.pt2" in output
+    exported = json.loads((run / "export" / "metrics.json").read_text())
+    assert exported["program_error"] <= 1e-3
+    program = torch.export.load(run / "export" / "encoder.pt2").module()
+    image = 255 * torch.rand(1, 3, 128, 128)
+    with torch.no_grad():
+        expected = trained.sam.image_encoder(trained.sam.preprocess(image))
+    torch.testing.assert_close(program(image), expected, atol=1e-3, rtol=1e-3)
+    if exported["onnx_error"] is None:
+        assert exported["onnx_impossible"] in output.replace("\n", " ") or "no ONNX" in output
+        assert not (run / "export" / "encoder.onnx").exists()
+    else:
+        assert exported["onnx_error"] <= 1e-3
+
+
+@pytest.mark.parametrize("task", ["semantic", "instance"])
+def test_every_fifth_image_is_held_out(tmp_path, task):
+    train(tmp_path, "--adapter", "decoder", task=task)
+    assert json.loads((tmp_path / "metrics.json").read_text())["steps"] == 2  # 4 images, 2 a step
+    assert_is_picture(tmp_path / "grid.png")
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_resume(tmp_path):
+    train(tmp_path, "--adapter", "decoder")
+    before = (tmp_path / "best.pt").read_bytes()
+    assert "holds a run" in train(tmp_path, "--adapter", "decoder", code=1)
+    train(tmp_path, "--adapter", "decoder", "--resume", "auto")
+    assert (tmp_path / "best.pt").read_bytes() == before
+    output = train(tmp_path, "--adapter", "decoder", "--resume", "auto", "--seed", 1, code=1)
+    assert "seed was 0, is 1" in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--adapter", "full", "--train-module", "mask_decoder"), "modules_to_save goes with"),
+        (("--batch-size", 0), "TrainConfig: batch_size must be at least 1, got 0"),
+        (("--model", "vit_x"), "name must be one of tiny"),
+    ],
+)
+def test_mistakes_are_named(tmp_path, arguments, message):
+    output = train(tmp_path / "run", *arguments, code=1)
+    assert message in output.replace("\n", " ")
+    assert not (tmp_path / "run").exists()
+
+
+def test_eval_and_export_need_a_run(tmp_path):
+    for command in (("eval", "--data", "shapes"), ("export",)):
+        assert "is missing" in call(*command, "--run", tmp_path, code=1).replace("\n", " ")
+
+
+def test_a_run_on_other_weights_is_refused(tmp_path):
+    train(tmp_path, "--adapter", "decoder")
+    path = tmp_path / "config.json"
+    document = json.loads(path.read_text())
+    checkpoint = tmp_path / "other.safetensors"
+    state = vfmk.load_sam("tiny").state_dict()
+    state["image_encoder.pos_embed"] += 1
+    save_file(state, checkpoint)
+    document["model"]["checkpoint"] = str(checkpoint)
+    path.write_text(json.dumps(document))
+    output = call("eval", "--run", tmp_path, "--data", "shapes", code=1)
+    assert "was trained on other frozen weights" in output.replace("\n", " ")

@@ -1,0 +1,226 @@
+"""The loop: resuming, several processes, what stops it."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.train.train_shapes import build, images, train_shapes
+from vfmk.tasks.build import trainable
+from vfmk.train.checkpoint import load_checkpoint, trained_weights
+from vfmk.train.config import TrainConfig
+from vfmk.train.loop import evaluate, read_log, start_accelerator
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(*arguments: str | Path, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, *launcher, "-m", "tests.train.train_shapes", *map(str, arguments)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+
+
+def assert_same_tree(a, b):
+    """Equal bit for bit, whatever they are made of."""
+    assert type(a) is type(b)
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same_tree(a[key], b[key])
+    elif isinstance(a, list | tuple):
+        for x, y in zip(a, b, strict=True):
+            assert_same_tree(x, y)
+    else:
+        assert a == b
+
+
+def test_a_killed_run_resumes_bit_for_bit(tmp_path):
+    """Killed after 5 of 6 steps, one after a checkpoint; weights, moments, averages and the
+    generators end as in a run that was not killed."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert run(whole, "--ema", 0.9).returncode == 0
+    assert run(killed, "--ema", 0.9, "--kill-at", 5).returncode == -signal.SIGKILL
+    assert load_checkpoint(killed / "last.pt")["step"] == 4
+    assert [line["step"] for line in read_log(killed / "log.jsonl")][-1] == 4
+    assert run(killed, "--ema", 0.9).returncode == 0
+    for name in ("last.pt", "best.pt"):
+        assert_same_tree(load_checkpoint(whole / name), load_checkpoint(killed / name))
+    logs = [read_log(folder / "log.jsonl") for folder in (whole, killed)]
+    for line, other in zip(*logs, strict=True):
+        assert {key: line.get(key) for key in ("step", "loss", "lr", "evaluation")} == {
+            key: other.get(key) for key in ("step", "loss", "lr", "evaluation")
+        }
+
+
+def test_two_processes_equal_one_with_twice_the_batch(tmp_path):
+    """Without dropout, whose draws belong to a process. The gradients are summed in another order,
+    and Adam divides them by their size, so what is nearly nothing differs most: hence a hundredth
+    of the way that each tensor went, by norms (0.0006 at most where this was written). Wrong shares
+    of the batch make it about the whole.
+    """
+    one, two = tmp_path / "one", tmp_path / "two"
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    for folder, size, launch in ((one, 4, ()), (two, 2, launcher)):
+        finished = run(folder, "--batch-size", size, "--dropout", 0, launcher=launch)
+        assert finished.returncode == 0, finished.stderr[-2000:]
+    first, second = (load_checkpoint(folder / "last.pt") for folder in (one, two))
+    assert first["step"] == second["step"] == 3
+    start = trained_weights(trainable(build("promptable", dropout=0)))
+    for name, weight in first["weights"].items():
+        way = (weight - start[name]).norm()
+        assert way > 0, name
+        assert (second["weights"][name] - weight).norm() < 1e-2 * way, name
+    assert second["last"] == pytest.approx(first["last"], abs=1e-3)
+
+
+def test_accumulation_equals_a_larger_batch(tmp_path):
+    """As above, in one process."""
+    weights = []
+    for batch_size, accumulation in ((4, 1), (2, 2)):
+        task = build("semantic", adapter="decoder")
+        train_shapes(task, batch_size=batch_size, accumulation=accumulation, epochs=0.5, count=8)
+        weights.append(trained_weights(dict(task.named_parameters())))
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weights[1][name], weight, atol=2e-5, rtol=0)
+
+
+def test_log_and_progress(tmp_path):
+    calls = []
+    task = build("semantic", adapter="decoder")
+    result = train_shapes(
+        task, tmp_path, epochs=2, batch_size=4, progress=lambda *call: calls.append(call)
+    )
+    lines = read_log(tmp_path / "log.jsonl")
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == [0, 1, 2, 3]
+    assert [line["epoch"] for line in steps] == [0, 0.5, 1, 1.5]
+    for line in steps:
+        assert line["loss"] == pytest.approx(line["cross_entropy"] + line["dice"])
+        assert line["images_per_second"] == pytest.approx(4 / line["seconds"])
+    assert [call[:2] for call in calls] == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    evaluations = [line["evaluation"] for line in lines if "evaluation" in line]
+    assert len(evaluations) == 2
+    assert evaluations[-1] == result.last
+    assert result.best == max(evaluations, key=lambda scores: scores["miou"])
+    best = load_checkpoint(tmp_path / "best.pt")
+    assert (best["scores"], best["step"]) == (result.best, result.best_step)
+
+
+def test_averaged_weights_are_what_is_evaluated(tmp_path):
+    """With decay 0.5 the average of 2 steps is (w1 + w2) / 2, its first being w1 itself."""
+    after = {}
+    for steps in (1, 2):
+        task = build("semantic", adapter="decoder")
+        config = {"warmup_steps": 9, "schedule": "step", "batch_size": 4, "max_grad_norm": 1e-9}
+        # The milestones of runs of 1 and 2 steps lie differently; the first step's do not.
+        train_shapes(task, epochs=steps / 2, ema=0.5, **config, out=tmp_path / str(steps))
+        after[steps] = trained_weights(dict(task.named_parameters()))
+    mean = load_checkpoint(tmp_path / "2" / "best.pt")["weights"]
+    for name, weight in mean.items():
+        torch.testing.assert_close(weight, (after[1][name] + after[2][name]) / 2)
+        assert torch.equal(
+            load_checkpoint(tmp_path / "2" / "last.pt")["weights"][name], after[2][name]
+        )
+
+
+def test_refuses_to_overwrite_and_to_resume_another_run(tmp_path):
+    options = {"epochs": 0.25, "batch_size": 2}
+    train_shapes(build("semantic", "decoder"), tmp_path, **options)
+    with pytest.raises(FileExistsError, match="holds a run; resume it"):
+        train_shapes(build("semantic", "decoder"), tmp_path, **options)
+    with pytest.raises(ValueError, match=r"another run: learning_rate was 0\.002, is 0\.1; seed"):
+        train_shapes(
+            build("semantic", "decoder"),
+            tmp_path,
+            **options,
+            resume=True,
+            learning_rate=0.1,
+            seed=1,
+        )
+    finished = train_shapes(build("semantic", "decoder"), tmp_path, **options, resume=True)
+    assert finished.steps == 1
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, precision):
+    """The checkpoint stays the last good one; the message has step, files, part and cause."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(True)
+    task = build("semantic", "decoder")
+
+    def poison(done, steps, loss):
+        if done == 2:
+            with torch.no_grad():
+                task.head.classify.bias[0] = float("nan")
+
+    with pytest.raises(FloatingPointError) as caught:
+        train_shapes(
+            task, tmp_path, epochs=1, batch_size=2, checkpoint_every=1, precision=precision,
+            progress=poison,
+        )  # fmt: skip
+    message = str(caught.value)
+    assert "loss nan at step 2, files shapes-" in message
+    assert "cross_entropy is nan" in message
+    assert "weights of head.classify.bias are not finite" in message
+    state = load_checkpoint(tmp_path / "last.pt")
+    assert state["step"] == 2
+    AcceleratorState._reset_state(True)
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run():
+    task = build("semantic", "decoder")
+    task.head.classify.bias.register_hook(lambda gradient: gradient * float("inf"))
+    with pytest.raises(FloatingPointError, match=r"at step 0, files .*: not finite for head\.cl"):
+        train_shapes(task, epochs=0.25)
+
+
+def test_what_no_gradient_reaches_stops_the_run():
+    task = build("semantic", "decoder")
+    task.sam.mask_decoder.iou_token.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"at step 0 no gradient reached model\.mask_decoder\.iou"):
+        train_shapes(task, epochs=0.25)
+    task.requires_grad_(False)
+    task.sam.mask_decoder.iou_token.requires_grad_(True)
+    with pytest.raises(ValueError, match="the loss at step 0 does not depend on what is trained"):
+        train_shapes(task, epochs=0.25)
+    task.requires_grad_(False)
+    with pytest.raises(ValueError, match="no parameters that require grad"):
+        train_shapes(task, epochs=0.25)
+
+
+def test_refuses_an_empty_set():
+    with pytest.raises(ValueError, match="no images for training"):
+        train_shapes(build("semantic", "decoder"), count=0)
+
+
+def test_evaluation_keeps_the_mode_and_moves_no_generator():
+    task = build("semantic", "decoder").train()
+    state = torch.get_rng_state()
+    first, second = (
+        evaluate(task, images(task, 3, train=False), start_accelerator("no"), TrainConfig())
+        for _ in range(2)
+    )
+    assert first == second
+    assert task.training
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_cut_checkpoint_is_named(tmp_path):
+    path = tmp_path / "last.pt"
+    path.write_bytes(b"PK\x03\x04 cut")
+    with pytest.raises(ValueError, match=r"last\.pt is unreadable"):
+        load_checkpoint(path)
+    torch.save({"epoch": 1}, path)
+    with pytest.raises(ValueError, match="not a checkpoint of vfmk train"):
+        load_checkpoint(path)

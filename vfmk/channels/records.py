@@ -1,0 +1,113 @@
+"""The search's results file: a line of JSON for each score, appended whole, read back on resuming.
+
+    {"pairs": [], "miou": 0.49, "delta": 0, "samples": 50, "run": {…}}   the frozen model, first
+    {"pairs": [[3, 7]], "miou": 0.5, "delta": 0.01, "samples": 50}
+
+as the authors' tool writes it; "run" is ours, and says which model and samples the scores are of.
+"""
+
+import fcntl
+import json
+import os
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from vfmk.channels.channel_map import Pair
+
+Pairs = tuple[Pair, ...]
+
+
+class Score(NamedTuple):
+    """The mean over the first `samples` samples, in the order of the run."""
+
+    value: float
+    samples: int
+
+
+class Records:
+    """The file at `path`, held by this run alone until `close`.
+
+    `scores` has for each set of pairs its score over the most samples. Without a path nothing is
+    read or written.
+
+    Raises:
+        ValueError: another run holds the file; a line is no record; the scores are of another run.
+    """
+
+    def __init__(self, path: Path | None, run: Mapping[str, Any]) -> None:
+        self.run = dict(run)
+        self.scores: dict[Pairs, Score] = {}
+        self._path = path
+        self._file: int | None = None
+        if path is None:
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            self._lock()
+            self._read()
+        except BaseException:
+            self.close()
+            raise
+
+    def add(self, scores: Mapping[Pairs, Score]) -> None:
+        """Take in and write down new scores; the frozen model's must come first."""
+        self.scores |= scores
+        if self._file is None:
+            return
+        frozen = self.scores[()].value
+        lines = []
+        for pairs, (value, samples) in scores.items():
+            line = {"pairs": pairs, "miou": value, "delta": value - frozen, "samples": samples}
+            lines.append(json.dumps(line if pairs else {**line, "run": self.run}))
+        os.write(self._file, "".join(f"{line}\n" for line in lines).encode())
+
+    def close(self) -> None:
+        """Write through to the disk, and let go of the file."""
+        if self._file is not None:
+            os.fsync(self._file)
+            os.close(self._file)
+            self._file = None
+
+    def _lock(self) -> None:
+        assert self._file is not None
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"search: {self._path} is being written by another run") from None
+
+    def _read(self) -> None:
+        assert self._file is not None
+        assert self._path is not None
+        content = self._path.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
+        if len(whole) < len(content):
+            warnings.warn(
+                f"search: {self._path} ended in a cut line, which is dropped:"
+                f" {content[len(whole) :][:60]!r}",
+                stacklevel=5,
+            )
+        for number, line in enumerate(whole.splitlines(), 1):
+            self._take(line, f"{self._path}, line {number}")
+        os.ftruncate(self._file, len(whole))
+
+    def _take(self, line: bytes, place: str) -> None:
+        try:
+            record = json.loads(line)
+            pairs = tuple((int(i), int(j)) for i, j in record["pairs"])
+            score = Score(float(record["miou"]), int(record["samples"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"search: {place}: no record of a score: {error}") from None
+        if not self.scores and pairs:
+            raise ValueError(f"search: {place}: the frozen model's score must come first")
+        if not pairs and record.get("run", self.run) != self.run:
+            raise ValueError(f"search: {place}: {_difference(record['run'], self.run)}")
+        if score.samples >= self.scores.get(pairs, score).samples:
+            self.scores[pairs] = score
+
+
+def _difference(found: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
+    names: Iterable[str] = [k for k in expected if found.get(k) != expected[k]]
+    return "the scores are of another run, with another " + " and ".join(names)

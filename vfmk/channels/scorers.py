@@ -1,0 +1,164 @@
+"""How good a candidate is on one sample: SAM's masks, or whatever a caller's function says."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from vfmk import ops
+from vfmk.channels.decoder import CandidateDecoder, Prompted
+
+if TYPE_CHECKING:
+    from segment_anything.modeling import Sam
+
+    from vfmk.data.sample import Sample
+
+CPU_BYTES = 2 << 20  # of the features of a chunk of candidates: they stay in a core's cache
+CUDA_BYTES = 256 << 20
+SHARPNESS = 4.0  # of the sigmoid that stands for the mask's threshold in its gradient
+
+
+class Scorer(Protocol):
+    """Scores candidates. overwritten, read: int64 [K, P], as CandidateDecoder.logits has them."""
+
+    def prepare(self, sample: Any) -> Any:
+        """Encode a sample, once for all candidates."""
+
+    def features(self, prepared: Any) -> Tensor:
+        """[1, C, h, w], [1, N, C] or [1, C]."""
+
+    def scores(self, prepared: Any, overwritten: Tensor, read: Tensor) -> Tensor:
+        """[K], any float dtype."""
+
+    def gain_estimates(self, prepared: Any) -> Tensor:
+        """To first order, what every pair adds to the score: [C, C], overwritten by read."""
+
+
+class _Image(NamedTuple):
+    prompted: Prompted
+    embedding: Tensor  # [C, h, w]
+    sparse: Tensor
+    dense: Tensor
+    target: Tensor  # bool [H0, W0]
+    soft_target: Tensor  # [4h, 4w], the share of a cell that the mask covers
+    input_size: tuple[int, int]
+
+
+class SamScorer:
+    """The IoU of SAM's single mask for a sample's points, at the image's own size."""
+
+    def __init__(self, sam: "Sam") -> None:
+        self.sam = sam
+        self.decoder = CandidateDecoder(sam)
+
+    @torch.no_grad()
+    def prepare(self, sample: "Sample") -> _Image:
+        from vfmk.data.records import to_record, to_target
+
+        sam = self.sam
+        record = to_record(sam, sample)
+        embedding = sam.image_encoder(sam.preprocess(record["image"])[None])[0]
+        points = (record["point_coords"], record["point_labels"])
+        sparse, dense = sam.prompt_encoder(points=points, boxes=None, masks=None)
+        side = 4 * embedding.shape[-1]
+        return _Image(
+            self.decoder.prepare(embedding, sparse, dense),
+            embedding,
+            sparse,
+            dense,
+            torch.tensor(sample.mask, device=embedding.device),
+            to_target(sam, sample, record, torch.Size((side, side))),
+            tuple(record["image"].shape[-2:]),
+        )
+
+    def features(self, prepared: _Image) -> Tensor:
+        return prepared.embedding[None]
+
+    @torch.no_grad()
+    def scores(self, prepared: _Image, overwritten: Tensor, read: Tensor) -> Tensor:
+        logits = self.decoder.logits(prepared.prompted, overwritten, read)
+        return ops.mask_iou(
+            logits,
+            prepared.target,
+            prepared.input_size,
+            tuple(prepared.target.shape),
+            self.sam.image_encoder.img_size,
+            threshold=self.sam.mask_threshold,
+        )
+
+    def gain_estimates(self, prepared: _Image) -> Tensor:
+        embedding = prepared.embedding.clone().requires_grad_()
+        logits, _ = self.sam.mask_decoder(
+            image_embeddings=embedding[None],
+            image_pe=self.sam.prompt_encoder.get_dense_pe(),
+            sparse_prompt_embeddings=prepared.sparse,
+            dense_prompt_embeddings=prepared.dense,
+            multimask_output=False,
+        )
+        mask = torch.sigmoid(SHARPNESS * (logits[0, 0] - self.sam.mask_threshold))
+        both = (mask * prepared.soft_target).sum()
+        soft_iou = both / (mask.sum() + prepared.soft_target.sum() - both)
+        (gradient,) = torch.autograd.grad(soft_iou, embedding)
+        gradient, features = gradient.flatten(1), prepared.embedding.flatten(1)
+        return gradient @ features.T - (gradient * features).sum(1, keepdim=True)
+
+
+class FeatureScorer:
+    """A caller's score of an encoder's features: `score_fn(features, sample)`.
+
+    Features are [1, C, h, w], or end in the channels: [1, N, C], [1, C].
+    """
+
+    def __init__(
+        self, encoder: Callable[[Tensor], Tensor], score_fn: Callable[[Tensor, Any], Tensor]
+    ) -> None:
+        self.encoder = encoder
+        self.score_fn = score_fn
+
+    @torch.no_grad()
+    def prepare(self, sample: Any) -> tuple[Tensor, Any]:
+        return self.encoder(sample.image[None]), sample
+
+    def features(self, prepared: tuple[Tensor, Any]) -> Tensor:
+        return prepared[0]
+
+    @torch.no_grad()
+    def scores(self, prepared: tuple[Tensor, Any], overwritten: Tensor, read: Tensor) -> Tensor:
+        features, sample = prepared
+        channels = features.shape[channel_dim(features)]
+        index = torch.arange(channels, device=read.device).repeat(len(read), 1)
+        index.scatter_add_(1, overwritten, read - overwritten)  # equal channels add nothing
+        repeated = features.expand(len(read), *features.shape[1:])
+        candidates = ops.channel_remap(repeated, index, dim=channel_dim(features))
+        scores = self.score_fn(candidates, sample)
+        if scores.shape != (len(read),):
+            raise ValueError(
+                f"search: score_fn must give a float for each of {len(read)} candidates, gave a"
+                f" tensor of shape {list(scores.shape)}"
+            )
+        return scores
+
+    def gain_estimates(self, prepared: tuple[Tensor, Any]) -> Tensor:
+        features, sample = prepared
+        features = features.detach().clone().requires_grad_()
+        score = self.score_fn(features, sample)
+        if not score.requires_grad:
+            raise ValueError('search: strategy="screened" needs a score_fn with a gradient')
+        (gradient,) = torch.autograd.grad(score.sum(), features)
+        dim = channel_dim(features)
+        gradient, features = (
+            gradient.movedim(dim, 0).flatten(1),
+            features.movedim(dim, 0).flatten(1),
+        )
+        return gradient @ features.T - (gradient * features).sum(1, keepdim=True)
+
+
+def chunk_size(features: Tensor) -> int:
+    """How many candidates to score at once, from the features of one."""
+    bytes = CUDA_BYTES if features.is_cuda else CPU_BYTES
+    return max(1, bytes // features.nbytes)
+
+
+def channel_dim(features: Tensor) -> int:
+    return 1 if features.dim() == 4 else features.dim() - 1

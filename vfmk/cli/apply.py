@@ -1,0 +1,37 @@
+"""`vfmk apply`."""
+
+from pathlib import Path
+from typing import Annotated
+
+from rich.console import Console
+from rich.markdown import Markdown
+from typer import Option
+
+from vfmk.cli.model import load_model
+from vfmk.cli.progress import plain_errors
+
+
+def apply(
+    map: Annotated[Path, Option(help="map.json of vfmk search, or of the authors' tool")],
+    data: Annotated[Path, Option(help="split folder or manifest to evaluate on")],
+    out: Annotated[Path, Option(help="folder for the report")],
+    search_data: Annotated[
+        Path, Option(help="what the map was searched on: the controls are tuned there")
+    ],
+    model: Annotated[str, Option(help="tiny, vit_b, vit_l or vit_h")] = "tiny",
+    checkpoint: Annotated[Path | None, Option(help="of the model")] = None,
+    adapter: Annotated[Path | None, Option(help="folder of a saved VFM-Adapter")] = None,
+) -> None:
+    """Apply a channel map and score it on a data set, without and with."""
+    with plain_errors("apply", "demo"):
+        from vfmk.channels import ChannelMap, load_samples
+        from vfmk.tasks.remap import run_apply
+
+        run_apply(
+            load_model(model, checkpoint, adapter),
+            ChannelMap.load(map),
+            load_samples(search_data),
+            load_samples(data),
+            out,
+        )
+    Console().print(Markdown((out / "report.md").read_text()))

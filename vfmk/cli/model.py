@@ -1,0 +1,18 @@
+"""The model that a command's options name."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from segment_anything.modeling import Sam
+
+
+def load_model(name: str, checkpoint: Path | None, adapter: Path | None) -> "Sam":
+    """A SAM, accelerated, on the GPU where there is one, with the adapter's effect if given."""
+    import torch
+
+    import vfmk
+
+    sam = vfmk.accelerate(vfmk.load_sam(name, checkpoint))
+    sam.to("cuda" if torch.cuda.is_available() else "cpu")
+    return sam if adapter is None else vfmk.AdaptedSam.from_pretrained(sam, adapter).sam

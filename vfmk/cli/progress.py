@@ -1,0 +1,37 @@
+"""What the commands show while they work, and how they end."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+def terminal() -> Console:
+    """Of several processes that torchrun started, the first alone speaks."""
+    return Console(quiet=os.environ.get("RANK", "0") != "0")
+
+
+@contextmanager
+def steps_bar() -> Iterator[Callable[[int, int, float], None]]:
+    """A bar; call what it gives with steps done, steps in all, and the loss."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=terminal()) as bar:
+        task = bar.add_task("evaluating before the first step", total=None)
+
+        def show(done: int, total: int, loss: float) -> None:
+            bar.update(task, description=f"loss {loss:.4f}", completed=done, total=total)
+
+        yield show
+
+
+@contextmanager
+def plain_errors(command: str, extra: str) -> Iterator[None]:
+    """A user's mistake ends the command with its message alone."""
+    try:
+        yield
+    except ImportError as error:
+        raise SystemExit(f"vfmk {command}: {error}; it needs: pip install vfmk[{extra}]") from None
+    except (OSError, ValueError, FloatingPointError) as error:
+        raise SystemExit(f"vfmk {command}: {error}") from None

@@ -1,0 +1,67 @@
+"""`vfmk search`."""
+
+import os
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+from rich.console import Console
+from rich.markdown import Markdown
+from typer import Option
+
+from vfmk.cli.model import load_model
+from vfmk.cli.progress import plain_errors
+
+
+class Strategy(str, Enum):
+    exhaustive = "exhaustive"
+    screened = "screened"
+
+
+def search(
+    data: Annotated[Path, Option(help="split folder or manifest; of the first LIMIT samples")],
+    out: Annotated[Path, Option(help="folder for scores, map and report; goes on if it exists")],
+    test_data: Annotated[
+        Path | None, Option(help="to evaluate the map on, once; default: the data beyond LIMIT")
+    ] = None,
+    model: Annotated[str, Option(help="tiny, vit_b, vit_l or vit_h")] = "tiny",
+    checkpoint: Annotated[Path | None, Option(help="of the model")] = None,
+    adapter: Annotated[Path | None, Option(help="folder of a saved VFM-Adapter")] = None,
+    strategy: Strategy = Strategy.exhaustive,
+    limit: Annotated[int, Option(min=1, help="samples to search on")] = 50,
+    top_n: int = 10,
+    keep: Annotated[float, Option(help="share of the pairs that screening keeps")] = 0.15,
+    audit: Annotated[int, Option(help="rejected pairs to look at")] = 0,
+    sequential: Annotated[bool, Option(help="pairs one after the other")] = False,
+    positive_only: Annotated[bool, Option(help="no candidate below the frozen model")] = False,
+) -> None:
+    """Find better channels by inference alone. Several processes: torchrun -m vfmk search ..."""
+    with plain_errors("search", "demo"):
+        import torch
+
+        from vfmk.channels import load_samples
+        from vfmk.tasks.remap import run_search
+
+        distributed = "RANK" in os.environ
+        if distributed:
+            torch.distributed.init_process_group()
+        samples = load_samples(data)
+        test = samples[limit:] if test_data is None else load_samples(test_data)
+        first = not distributed or torch.distributed.get_rank() == 0
+        run_search(
+            load_model(model, checkpoint, adapter),
+            samples[:limit],
+            test if first else [],
+            out,
+            facts={"dataset": data.stem, "backend": model},
+            top_n=top_n,
+            strategy=strategy.value,
+            keep=keep,
+            audit=audit,
+            sequential=sequential,
+            positive_only=positive_only,
+        )
+    if first:
+        console = Console()
+        console.print(Markdown((out / "report.md").read_text()))
+        console.print(f"\nmap, scores and pictures: {out}")

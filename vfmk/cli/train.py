@@ -1,0 +1,107 @@
+"""`vfmk train`."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from rich.table import Table
+from typer import Option
+
+from vfmk.cli.progress import plain_errors, steps_bar, terminal
+from vfmk.tasks.task import TaskName
+
+
+def train(
+    task: Annotated[TaskName, Option(help="what to learn")],
+    data: Annotated[Path, Option(help="data set, as vfmk.data.open_dataset takes it")],
+    out: Annotated[Path, Option(help="folder for weights and report")],
+    model: Annotated[str, Option(help="tiny, vit_b, vit_l or vit_h")] = "tiny",
+    checkpoint: Annotated[Path | None, Option(help="of the model")] = None,
+    adapter: Annotated[
+        Literal["vfm", "lora", "decoder", "full"], Option(help="what is trained in the model")
+    ] = "vfm",
+    rank: Annotated[int, Option(help="of vfm and lora")] = 32,
+    dropout: Annotated[float, Option(help="in vfm and lora")] = 0.1,
+    train_module: Annotated[
+        list[str] | None,
+        Option(help="train this part of SAM too, such as mask_decoder; may be repeated"),
+    ] = None,
+    split: Annotated[str | None, Option(help="of the data, to train on")] = None,
+    eval_data: Annotated[
+        Path | None, Option(help="to evaluate on; default: every fifth image of the data")
+    ] = None,
+    eval_split: Annotated[str | None, Option(help="to evaluate on")] = None,
+    skip_bad: Annotated[bool, Option(help="leave unreadable images out")] = False,
+    epochs: float = 12,
+    batch_size: Annotated[int, Option(help="for each process")] = 2,
+    accumulation: Annotated[int, Option(help="backward passes for each step")] = 1,
+    learning_rate: float = 1e-4,
+    weight_decay: float = 0.1,
+    schedule: Annotated[
+        Literal["step", "cosine"], Option(help="step: a tenth after 8/12 and 11/12 of the run")
+    ] = "step",
+    warmup_steps: int = 0,
+    max_grad_norm: float = 1.0,
+    precision: Annotated[Literal["no", "bf16", "fp16"], Option(help="of autocast")] = "no",
+    ema: Annotated[float, Option(help="decay of averaged weights; 0: none")] = 0.0,
+    eval_every: Annotated[float, Option(help="epochs")] = 1.0,
+    checkpoint_every: Annotated[int, Option(help="steps")] = 200,
+    workers: Annotated[int, Option(help="processes that load images")] = 0,
+    seed: int = 0,
+    resume: Annotated[
+        Literal["auto", "never"], Option(help="auto: go on with the run in OUT if there is one")
+    ] = "never",
+) -> None:
+    """Adapt SAM to a task. Several GPUs: torchrun --nproc-per-node N -m vfmk train ..."""
+    with plain_errors("train", "lora" if adapter == "lora" else "train"):
+        from vfmk.tasks.build import ModelConfig
+        from vfmk.train.config import TrainConfig
+        from vfmk.train.run import DataConfig, train_run
+
+        model_config = ModelConfig(
+            task=task,
+            model=model,
+            checkpoint=None if checkpoint is None else str(checkpoint),
+            adapter=adapter,
+            rank=rank,
+            dropout=dropout,
+            modules_to_save=tuple(train_module or ()),
+        )
+        data_config = DataConfig(
+            path=str(data),
+            split=split,
+            eval_path=None if eval_data is None else str(eval_data),
+            eval_split=eval_split,
+            skip_bad=skip_bad,
+        )
+        config = TrainConfig(
+            epochs=epochs,
+            batch_size=batch_size,
+            accumulation=accumulation,
+            learning_rate=learning_rate,
+            weight_decay=weight_decay,
+            schedule=schedule,
+            warmup_steps=warmup_steps,
+            max_grad_norm=max_grad_norm,
+            precision=precision,
+            ema=ema,
+            eval_every=eval_every,
+            checkpoint_every=checkpoint_every,
+            workers=workers,
+            seed=seed,
+        )
+        with steps_bar() as bar:
+            result = train_run(
+                model_config,
+                data_config,
+                config,
+                out,
+                resume=resume == "auto",
+                progress=bar,
+            )
+    table = Table("", "before", "at the end", f"best, step {result.best_step}")
+    for name in result.best:
+        scores = (result.before, result.last, result.best)
+        table.add_row(name, *(f"{score[name]:.4f}" for score in scores))
+    console = terminal()
+    console.print(table)
+    console.print(f"weights, metrics and pictures: {out}")

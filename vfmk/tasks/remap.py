@@ -1,0 +1,188 @@
+"""Parameter-free fine-tuning from images to report: the search, its controls, one test."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from vfmk import channels
+from vfmk._files import write_whole
+from vfmk.channels import ChannelMap, SearchResult
+from vfmk.channels.channel_map import Pair
+from vfmk.data.sample import Sample
+from vfmk.tasks import pictures
+from vfmk.tasks.controls import binary_iou, controlled_score, predict_logits
+
+if TYPE_CHECKING:
+    from segment_anything.modeling import Sam
+
+PICTURES = 8
+BOOTSTRAPS = 2000
+
+
+@dataclass(frozen=True)
+class TestScore:
+    """Mean IoU on samples that the map was not chosen on, and what to hold it against.
+
+    Attributes:
+        frozen, remapped: without and with the map.
+        gain_interval: of remapped − frozen, 95 % of bootstrap samples of the test images.
+        frozen_tuned_threshold: without the map, the mask threshold tuned on the search samples.
+        disc: a plain disc around the point, its radius tuned on the search samples.
+    """
+
+    samples: int
+    frozen: float
+    remapped: float
+    gain_interval: tuple[float, float]
+    frozen_tuned_threshold: float
+    disc: float
+
+
+def run_search(
+    sam: "Sam",
+    search_samples: Sequence[Sample],
+    test_samples: Sequence[Sample],
+    output: Path,
+    *,
+    facts: dict[str, Any],
+    **options: Any,
+) -> None:
+    """Search on `search_samples`, evaluate the map once on `test_samples` if there are any, and
+    write into `output` scores.jsonl, map.json, metrics.json, report.md and pictures.
+
+    With torch.distributed initialised every process calls this, and the first one writes.
+
+    Args:
+        facts: written into map.json, as "dataset" and "backend" of the authors' files.
+        options: of `vfmk.channels.search`.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    result = channels.search(sam, search_samples, output=output / "scores.jsonl", **options)
+    if torch.distributed.is_initialized() and torch.distributed.get_rank() > 0:
+        return
+    result.best.save(
+        output / "map.json",
+        **facts,
+        miou=result.best_score,
+        delta=result.best_score - result.baseline,
+        samples=len(search_samples),
+    )
+    gains = (result.singles - result.baseline).numpy()
+    pictures.draw_gains(output / "gains.png", gains)
+    pictures.draw_heat_map(output / "heat_map.png", gains)
+    test = None
+    if test_samples:
+        test = _evaluate(sam, result.best, search_samples, test_samples, output)
+    metrics = {
+        "search_samples": len(search_samples),
+        "baseline": result.baseline,
+        "best_score": result.best_score,
+        "pairs": result.best.pairs,
+        "candidates": result.candidates,
+        "passes": result.passes,
+        "rejected_in_error": result.audit,
+        "test": test and asdict(test),
+    }
+    write_whole(output / "metrics.json", json.dumps(metrics, indent=1).encode())
+    write_whole(output / "report.md", _report(result, len(search_samples), test).encode())
+
+
+def run_apply(
+    sam: "Sam",
+    map: ChannelMap,
+    search_samples: Sequence[Sample],
+    test_samples: Sequence[Sample],
+    output: Path,
+) -> None:
+    """Evaluate a map, and write metrics.json, report.md and grid.png into `output`."""
+    output.mkdir(parents=True, exist_ok=True)
+    test = _evaluate(sam, map, search_samples, test_samples, output)
+    metrics = {"pairs": map.pairs, "test": asdict(test)}
+    write_whole(output / "metrics.json", json.dumps(metrics, indent=1).encode())
+    report = (
+        f"# Channels overwritten\n\nOverwritten by read: {_listed(map.pairs)}\n{_test_report(test)}"
+    )
+    write_whole(output / "report.md", report.encode())
+
+
+def _evaluate(
+    sam: "Sam",
+    map: ChannelMap,
+    search_samples: Sequence[Sample],
+    test_samples: Sequence[Sample],
+    output: Path,
+) -> TestScore:
+    """Scores without and with the map, and their picture. Leaves the model as it was."""
+    controls = controlled_score(sam, search_samples, test_samples)
+    before = [predict_logits(sam, sample) > sam.mask_threshold for sample in test_samples]
+    channels.apply(sam, map)
+    after = [predict_logits(sam, sample) > sam.mask_threshold for sample in test_samples]
+    channels.remove(sam)
+    frozen, remapped = (
+        np.array([binary_iou(m, s.mask) for m, s in zip(masks, test_samples, strict=True)])
+        for masks in (before, after)
+    )
+    shown = slice(PICTURES)
+    pictures.draw_grid(output / "grid.png", test_samples[shown], before[shown], after[shown])
+    return TestScore(
+        samples=len(test_samples),
+        frozen=float(frozen.mean()),
+        remapped=float(remapped.mean()),
+        gain_interval=_bootstrap_interval(remapped - frozen),
+        frozen_tuned_threshold=controls.model_tuned_threshold,
+        disc=controls.disc,
+    )
+
+
+def _bootstrap_interval(gains: np.ndarray) -> tuple[float, float]:
+    random = np.random.default_rng(0)
+    drawn = random.integers(len(gains), size=(BOOTSTRAPS, len(gains)))
+    low, high = np.percentile(gains[drawn].mean(1), (2.5, 97.5))
+    return float(low), float(high)
+
+
+def _report(result: SearchResult, samples: int, test: TestScore | None) -> str:
+    audit = ""
+    if result.audit is not None:
+        audit = f"\nRejected pairs looked at that should have been kept: {_listed(result.audit)}.\n"
+    return f"""\
+# Channels searched
+
+{samples} samples, {result.passes:,} decoder passes.
+Overwritten by read: {_listed(result.best.pairs)}
+
+| on the search samples | IoU |
+|---|---|
+| frozen model | {result.baseline:.4f} |
+| **channels overwritten** | **{result.best_score:.4f}** |
+{audit}
+![gain of each pair](gains.png)
+
+![gain by channel overwritten and channel read](heat_map.png)
+{_test_report(test) if test else ""}"""
+
+
+def _listed(pairs: Sequence[Pair]) -> str:
+    return " ".join(f"{i}:{j}" for i, j in pairs) or "none"
+
+
+def _test_report(test: TestScore) -> str:
+    low, high = test.gain_interval
+    return f"""
+| on {test.samples} test samples | IoU |
+|---|---|
+| a plain disc, its radius tuned on the search samples | {test.disc:.4f} |
+| frozen model | {test.frozen:.4f} |
+| frozen model, its threshold tuned on the search samples | {test.frozen_tuned_threshold:.4f} |
+| **channels overwritten** | **{test.remapped:.4f}** |
+
+Gain {test.remapped - test.frozen:+.4f}; 95 % of bootstrap samples of the test images give between
+{low:+.4f} and {high:+.4f}.
+
+![image, truth, before, after](grid.png)
+"""

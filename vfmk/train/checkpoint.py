@@ -1,0 +1,83 @@
+"""Checkpoints: what was trained and all that a run needs to go on as if it had not been stopped."""
+
+import io
+import pickle
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from vfmk._files import write_whole
+
+LAST, BEST = "last.pt", "best.pt"
+
+
+def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
+    """Write it whole; killed at any moment, the file is the old one or the new one."""
+    buffer = io.BytesIO()
+    torch.save(dict(state), buffer)
+    write_whole(path, buffer.getvalue())
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """What `save_checkpoint` wrote; tensors, numbers and strings, nothing else is unpickled.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is no checkpoint of a run.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"load_checkpoint: {path} is unreadable: {error}") from error
+    if not isinstance(state, dict) or "weights" not in state:
+        raise ValueError(f"load_checkpoint: {path} is not a checkpoint of vfmk train")
+    return state
+
+
+def trained_weights(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    return {name: parameter.detach().cpu().clone() for name, parameter in parameters.items()}
+
+
+def load_weights(parameters: Mapping[str, nn.Parameter], weights: Mapping[str, Tensor]) -> None:
+    """Copy `weights` into parameters of the same names.
+
+    Raises:
+        ValueError: names or shapes differ; they are named.
+    """
+    faults = [f"lacks {name}" for name in sorted(parameters.keys() - weights.keys())]
+    faults += [f"has a stray {name}" for name in sorted(weights.keys() - parameters.keys())]
+    faults += [
+        f"has {name} {list(weights[name].shape)}, the model {list(parameter.shape)}"
+        for name, parameter in parameters.items()
+        if name in weights and weights[name].shape != parameter.shape
+    ]
+    if faults:
+        more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
+        raise ValueError(f"load_weights: the checkpoint {'; '.join(faults[:5])}{more}")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(weights[name])
+
+
+def random_state() -> dict[str, Any]:
+    """Of Python, NumPy and torch on every device, in this process."""
+    kind, keys, *rest = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (kind, [int(key) for key in keys], *rest),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_random_state(state: Mapping[str, Any]) -> None:
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])
