@@ -1,0 +1,69 @@
+"""`vfmk search` and `vfmk apply`, as a person calls them."""
+
+import json
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from tests.channels.conftest import build_sam, build_samples
+from vfmk.cli import app
+
+
+@pytest.fixture
+def data(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for sample in build_samples(5):
+        Image.fromarray(sample.image).save(folder / f"{sample.id}.jpg", quality=100)
+        Image.fromarray(sample.mask).save(folder / f"{sample.id}.png")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def small_sam(monkeypatch):
+    monkeypatch.setattr("vfmk.load_sam", lambda name, checkpoint: build_sam())
+
+
+def call(*arguments, code=0):
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+def test_search_then_apply(data, tmp_path):
+    out = tmp_path / "found"
+    options = ("--data", data, "--limit", 3, "--top-n", 3)
+    output = call("search", *options, "--out", out, "--strategy", "screened", "--audit", 5)
+    assert "channels overwritten" in output
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert (metrics["search_samples"], metrics["test"]["samples"]) == (3, 2)
+    assert metrics["best_score"] > metrics["baseline"]
+    saved = json.loads((out / "map.json").read_text())
+    assert saved["pairs"] == metrics["pairs"]
+    assert (saved["backend"], saved["samples"]) == ("tiny", 3)
+    for picture in ("gains.png", "heat_map.png", "grid.png"):
+        with Image.open(out / picture) as image:
+            assert min(image.size) > 100
+    spent = metrics["passes"]
+    call("search", *options, "--out", out, "--strategy", "screened", "--audit", 5)
+    again = json.loads((out / "metrics.json").read_text())
+    assert again["passes"] < spent / 4  # gradients alone are not written down
+    assert again["pairs"] == metrics["pairs"]
+
+    applied = tmp_path / "applied"
+    arguments = ("--map", out / "map.json", "--data", data, "--search-data", data)
+    assert "channels overwritten" in call("apply", *arguments, "--out", applied)
+    test = json.loads((applied / "metrics.json").read_text())["test"]
+    assert test["samples"] == 5
+    low, high = test["gain_interval"]
+    assert low <= test["remapped"] - test["frozen"] <= high
+
+
+def test_mistakes_end_in_one_line(data, tmp_path):
+    output = call("search", "--data", tmp_path / "no", "--out", tmp_path / "out", code=1)
+    assert "does not exist" in output
+    path = tmp_path / "map.json"
+    path.write_text('{"pairs": [[1, 1]], "num_channels": 16}')
+    arguments = ("--data", data, "--search-data", data, "--out", tmp_path / "out")
+    assert "overwrites a channel by itself" in call("apply", "--map", path, *arguments, code=1)
