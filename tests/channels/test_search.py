@@ -3,17 +3,20 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from segment_anything import SamPredictor
 from torch import nn
 
+import vfmk
 from tests.channels.conftest import CHANNELS, build_sam, build_samples
 from vfmk.channels import ChannelMap, search
 from vfmk.channels.records import Records
+from vfmk.data.sample import Sample
 from vfmk.tasks.controls import binary_iou
 
 PAIRS = CHANNELS * (CHANNELS - 1)
@@ -168,9 +171,41 @@ def test_refuses_the_file_of_another_run(sam, samples, tmp_path):
     assert output.read_bytes() == before
 
 
+def test_adapters_in_force_make_another_model(samples, tmp_path):
+    output = tmp_path / "scores.jsonl"
+    config = vfmk.VFMAdapterConfig(rank=4, dropout=0.5)
+    adapted = vfmk.get_adapted_model(build_sam(), config).train()
+    search(adapted.sam, samples, top_n=1, output=output, progress=False)
+    assert adapted.training
+    with adapted.disable_adapter(), pytest.raises(ValueError, match="another model"):
+        search(adapted.sam, samples, top_n=1, output=output, progress=False)
+    again = search(adapted.sam, samples, top_n=1, output=output, progress=False)
+    assert again.passes == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mask": np.zeros((40, 40), bool)}, "has an empty mask"),
+        ({"mask": np.ones((41, 40), bool)}, "image and mask differ in size"),
+        ({"points": np.array([[40.0, 3.0]], np.float32)}, "a point outside its image"),
+    ],
+)
+def test_bad_samples(sam, change, message):
+    good = Sample(
+        "lesion",
+        np.zeros((40, 40, 3), np.uint8),
+        np.ones((40, 40), bool),
+        np.ones((1, 2), np.float32),
+        np.ones(1, np.int64),
+    )
+    with pytest.raises(ValueError, match=f"sample 'lesion'.*{message}"):
+        search(sam, [replace(good, **change)], progress=False)
+
+
 def test_refuses_a_file_that_another_run_writes(sam, samples, tmp_path):
     output = tmp_path / "scores.jsonl"
-    holder = Records(output, {})
+    holder = Records(output, {}, 3)
     with pytest.raises(ValueError, match="is being written by another run"):
         search(sam, samples, top_n=1, output=output, progress=False)
     holder.close()
@@ -178,9 +213,16 @@ def test_refuses_a_file_that_another_run_writes(sam, samples, tmp_path):
 
 def test_refuses_what_is_no_record(sam, samples, tmp_path):
     output = tmp_path / "scores.jsonl"
-    for text in ('{"pairs": [[1]]}\n', "notes\n", '{"pairs": [[1, 2]], "miou": 1, "samples": 3}\n'):
+    texts = (
+        '{"pairs": [[1]]}\n',
+        "notes\n",
+        "notes",
+        '{"pairs": [[1, 2]], "miou": 1, "samples": 3}\n',
+        '{"pairs": [], "miou": 1, "samples": 2}\n',  # of another number of samples
+    )
+    for text in texts:
         output.write_text(text)
-        with pytest.raises(ValueError, match=r"scores\.jsonl, line 1"):
+        with pytest.raises(ValueError, match=r"scores\.jsonl"):
             search(sam, samples, top_n=1, output=output, progress=False)
         assert output.read_text() == text
 

@@ -22,13 +22,15 @@ def apply(model: Model, map: ChannelMap) -> Model:
         map: for as many channels as the embedding has.
 
     Raises:
-        TypeError: `model` is none of these, or `map` is no ChannelMap.
+        TypeError: `model` is none of these, its neck is not SAM's, or `map` is no ChannelMap.
         ValueError: the map is for another number of channels; the model has a map already.
 
     Equivalent to, after the encoder::
 
         embedding = embedding[:, map.index]
     """
+    from segment_anything.modeling.common import LayerNorm2d
+
     from vfmk.channels.norm import MappedLayerNorm2d
 
     if not isinstance(map, ChannelMap):
@@ -36,6 +38,11 @@ def apply(model: Model, map: ChannelMap) -> Model:
     norm = encoder_of("apply", model).neck[-1]
     if isinstance(norm, MappedLayerNorm2d):
         raise ValueError("apply: the model has a channel map already; remove it first")
+    if type(norm) is not LayerNorm2d:
+        raise TypeError(
+            "apply: the neck must end in segment_anything's LayerNorm2d, ends in a"
+            f" {type(norm).__name__}"
+        )
     if len(norm.weight) != map.num_channels:
         raise ValueError(
             f"apply: the map is for {map.num_channels} channels, the embedding has"

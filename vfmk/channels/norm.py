@@ -21,4 +21,7 @@ class MappedLayerNorm2d(LayerNorm2d):
         centred = x - x.mean(1, keepdim=True)
         variance = centred.pow(2).mean(1, keepdim=True)
         normal = centred / torch.sqrt(variance + self.eps)
-        return ops.channel_remap(normal, index, self.weight[index]) + self.bias[index, None, None]
+        dtype = torch.promote_types(normal.dtype, self.weight.dtype)
+        with torch.autocast(x.device.type, enabled=False):  # which would round the normal
+            scaled = ops.channel_remap(normal.to(dtype), index, self.weight[index].to(dtype))
+        return scaled + self.bias[index, None, None]

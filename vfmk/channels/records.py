@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from vfmk.channels.channel_map import Pair
 
 Pairs = tuple[Pair, ...]
+RECORD = b'{"pairs": ['  # how each of our lines begins
 
 
 class Score(NamedTuple):
@@ -32,12 +33,18 @@ class Records:
     `scores` has for each set of pairs its score over the most samples. Without a path nothing is
     read or written.
 
+    Args:
+        run: what tells runs apart; a file that does not say, the authors', is taken at its word.
+        samples: of the run.
+
     Raises:
         ValueError: another run holds the file; a line is no record; the scores are of another run.
     """
 
-    def __init__(self, path: Path | None, run: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path | None, run: Mapping[str, Any], samples: int) -> None:
         self.run = dict(run)
+        self.samples = samples
+        self.is_ours = True
         self.scores: dict[Pairs, Score] = {}
         self._path = path
         self._file: int | None = None
@@ -62,7 +69,9 @@ class Records:
         for pairs, (value, samples) in scores.items():
             line = {"pairs": pairs, "miou": value, "delta": value - frozen, "samples": samples}
             lines.append(json.dumps(line if pairs else {**line, "run": self.run}))
-        os.write(self._file, "".join(f"{line}\n" for line in lines).encode())
+        content = "".join(f"{line}\n" for line in lines).encode()
+        while content:
+            content = content[os.write(self._file, content) :]
 
     def close(self) -> None:
         """Write through to the disk, and let go of the file."""
@@ -83,10 +92,12 @@ class Records:
         assert self._path is not None
         content = self._path.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]
-        if len(whole) < len(content):
+        tail = content[len(whole) :]
+        if not tail.startswith(RECORD[: len(tail)]):
+            raise ValueError(f"search: {self._path}: no record of a score: {tail[:60]!r}")
+        if tail:
             warnings.warn(
-                f"search: {self._path} ended in a cut line, which is dropped:"
-                f" {content[len(whole) :][:60]!r}",
+                f"search: {self._path} ended in a cut line, which is dropped: {tail[:60]!r}",
                 stacklevel=5,
             )
         for number, line in enumerate(whole.splitlines(), 1):
@@ -102,8 +113,14 @@ class Records:
             raise ValueError(f"search: {place}: no record of a score: {error}") from None
         if not self.scores and pairs:
             raise ValueError(f"search: {place}: the frozen model's score must come first")
-        if not pairs and record.get("run", self.run) != self.run:
-            raise ValueError(f"search: {place}: {_difference(record['run'], self.run)}")
+        if not pairs:
+            self.is_ours = "run" in record
+            if self.is_ours and record["run"] != self.run:
+                raise ValueError(f"search: {place}: {_difference(record['run'], self.run)}")
+        if not self.is_ours and score.samples != self.samples:
+            raise ValueError(
+                f"search: {place}: a score over {score.samples} samples, there are {self.samples}"
+            )
         if score.samples >= self.scores.get(pairs, score).samples:
             self.scores[pairs] = score
 

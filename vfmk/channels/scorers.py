@@ -56,6 +56,7 @@ class SamScorer:
     def prepare(self, sample: "Sample") -> _Image:
         from vfmk.data.records import to_record, to_target
 
+        _check_sample(sample)
         sam = self.sam
         record = to_record(sam, sample)
         embedding = sam.image_encoder(sam.preprocess(record["image"])[None])[0]
@@ -152,6 +153,17 @@ class FeatureScorer:
             features.movedim(dim, 0).flatten(1),
         )
         return gradient @ features.T - (gradient * features).sum(1, keepdim=True)
+
+
+def _check_sample(sample: "Sample") -> None:
+    height, width = sample.mask.shape
+    if sample.image.shape[:2] != (height, width):
+        raise ValueError(f"search: sample {sample.id!r}: image and mask differ in size")
+    if not sample.mask.any():
+        raise ValueError(f"search: sample {sample.id!r} has an empty mask")
+    x, y = sample.points.T
+    if not ((x >= 0) & (x < width) & (y >= 0) & (y < height)).all():
+        raise ValueError(f"search: sample {sample.id!r} has a point outside its image")
 
 
 def chunk_size(features: Tensor) -> int:

@@ -29,7 +29,7 @@ from vfmk.sam.adapt import AdaptedSam
 if TYPE_CHECKING:
     from segment_anything.modeling import Sam
 
-Item = TypeVar("Item")
+Items = TypeVar("Items", bound=Sequence[Any])
 STRATEGIES = ("exhaustive", "screened")
 BLOCK_CHUNKS = 4  # chunks of candidates whose scores are written down together
 FIRST_HEAT, FIRST_HEAT_OF_SUBSETS = 6, 12  # a race begins on a 6th, a 12th of the samples
@@ -120,9 +120,10 @@ def search(
     run = {
         "model": _digest_of_model(model),
         "samples": _digest_of_samples(samples),
+        "score": "IoU" if score_fn is None else _name_of(score_fn),
         "sequential": sequential,
     }
-    records = Records(Path(output) if output and _rank() == 0 else None, run)
+    records = Records(Path(output) if output and _rank() == 0 else None, run, len(samples))
     with _in_eval_mode(model):
         try:
             scoring = _Scoring(scorer, samples, records, sequential, progress)
@@ -261,13 +262,15 @@ class _Scoring:
         """
         remaining = list(candidates)
         samples = max(2, len(self.prepared) // FIRST_HEAT)
+        sums = estimates.cumsum(0)
+        mean = sums[-1] / len(estimates)
         while samples < len(self.prepared) and len(remaining) > finalists:
-            flattery = (estimates[:samples].mean(0) - estimates.mean(0)).tolist()
-            scores = self.score(remaining, f"pairs, on {samples} samples", samples)
-            corrected = {
-                pairs: score - flattery[pairs[0][0]][pairs[0][1]]
-                for pairs, score in zip(remaining, scores, strict=True)
-            }
+            self.score(remaining, f"pairs, on {samples} samples", samples)
+            corrected = {}
+            for pairs in remaining:
+                score, known = self.records.scores[pairs]
+                (pair,) = pairs
+                corrected[pairs] = score - float(sums[known - 1][pair] / known - mean[pair])
             ahead: list[Pairs] = []
             rivals: Counter[int] = Counter()
             for pairs in sorted(corrected, key=corrected.__getitem__, reverse=True):
@@ -295,7 +298,7 @@ class _Scoring:
             len(self.prepared), self.num_channels, self.num_channels, device=self.device
         )
         for number in range(_rank(), len(self.prepared), _world_size()):
-            estimates[number] = self.scorer.gain_estimates(self.prepared[number])
+            estimates[number] = self.scorer.gain_estimates(self.prepared[number]).detach()
         self.passes += GRADIENT_PASSES * len(self.prepared)
         return _summed(estimates).cpu()
 
@@ -305,8 +308,11 @@ class _Scoring:
         mine = range(_rank(), len(block), _world_size())
         for chunk in _blocks(mine, self.chunk):
             overwritten, read = self._tensors([block[i] for i in chunk])
+            of_chunk = sums[chunk.start : chunk.stop : chunk.step]
             for prepared in self.prepared[begin:end]:
-                sums[list(chunk)] += self.scorer.scores(prepared, overwritten, read).double()
+                of_chunk += self.scorer.scores(prepared, overwritten, read).double()
+        if not sums.isfinite().all():
+            raise ValueError("search: a score is not finite")
         self.passes += len(block) * (end - begin)
         return _summed(sums).tolist()
 
@@ -389,20 +395,34 @@ def _sam_of(model: Any) -> "Sam":
 
 @contextmanager
 def _in_eval_mode(model: Any) -> Iterator[None]:
-    training = isinstance(model, nn.Module) and model.training
-    if training:
-        model.eval()
+    training = [module for module in _modules(model) if module.training]
+    for module in training:
+        module.training = False
     try:
         yield
     finally:
-        if training:
-            model.train()
+        for module in training:
+            module.training = True
+
+
+def _modules(model: Any) -> list[nn.Module]:
+    """The model's, and those of the adapters in force, which a Sam does not own."""
+    if not isinstance(model, nn.Module):
+        return []
+    stacks = {stack for module in model.modules() for stack in vars(module).get("_adapters", ())}
+    return [*model.modules(), *(module for stack in stacks for module in stack.modules())]
 
 
 def _digest_of_model(model: Any) -> str:
-    if not isinstance(model, nn.Module):
-        return ""
-    return _digest([*model.named_parameters(), *model.named_buffers()])
+    items: list[tuple[str, Any]] = [("", _name_of(model))]
+    for module in _modules(model):
+        tensors = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+        items += [("", type(module).__name__ + module.extra_repr()), *tensors]
+    return _digest(items)
+
+
+def _name_of(model: Any) -> str:
+    return getattr(model, "__qualname__", type(model).__qualname__)
 
 
 def _digest_of_samples(samples: Sequence[Any]) -> str:
@@ -427,7 +447,7 @@ def _generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 
 
-def _blocks(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
+def _blocks(items: Items, size: int) -> Iterator[Items]:
     for begin in range(0, len(items), size):
         yield items[begin : begin + size]
 

@@ -18,6 +18,7 @@ def apply(
     search_data: Annotated[
         Path, Option(help="what the map was searched on: the controls are tuned there")
     ],
+    limit: Annotated[int, Option(min=1, help="samples that the map was searched on")] = 50,
     model: Annotated[str, Option(help="tiny, vit_b, vit_l or vit_h")] = "tiny",
     checkpoint: Annotated[Path | None, Option(help="of the model")] = None,
     adapter: Annotated[Path | None, Option(help="folder of a saved VFM-Adapter")] = None,
@@ -30,7 +31,7 @@ def apply(
         run_apply(
             load_model(model, checkpoint, adapter),
             ChannelMap.load(map),
-            load_samples(search_data),
+            load_samples(search_data, limit),
             load_samples(data),
             out,
         )

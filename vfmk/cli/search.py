@@ -43,6 +43,8 @@ def search(
         from vfmk.tasks.remap import run_search
 
         distributed = "RANK" in os.environ
+        if distributed and torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         if distributed:
             torch.distributed.init_process_group()
         samples = load_samples(data)
@@ -61,6 +63,8 @@ def search(
             sequential=sequential,
             positive_only=positive_only,
         )
+        if distributed:
+            torch.distributed.destroy_process_group()
     if first:
         console = Console()
         console.print(Markdown((out / "report.md").read_text()))
