@@ -43,9 +43,11 @@ void backward(const Problem& problem, const Backward& arguments) {
 
 namespace {
 
+constexpr const char* NAME = "adapter_attention";
+
 Problem describe(const Tensor& input, int64_t num_heads, double scale) {
   Problem problem{};
-  problem.dtype = dtype_of(input);
+  problem.dtype = dtype_of(input, NAME);
   problem.batch = input.size(0);
   problem.tokens = input.size(1);
   problem.rank = input.size(2);
@@ -57,6 +59,12 @@ Problem describe(const Tensor& input, int64_t num_heads, double scale) {
 
 void forward_cpu(Tensor input, Tensor qkv_weight, Tensor qkv_bias, int64_t num_heads, double scale,
                  Tensor output, Tensor log_sum_exp) {
+  check_arguments(NAME, input.scalar_type(),
+                  {{"input", input, Layout::dense_last},
+                   {"qkv_weight", qkv_weight, Layout::contiguous},
+                   {"qkv_bias", qkv_bias, Layout::contiguous},
+                   {"output", output, Layout::contiguous}});
+  check_arguments(NAME, ScalarType::Float, {{"log_sum_exp", log_sum_exp, Layout::contiguous}});
   const Problem problem = describe(input, num_heads, scale);
   const Tensor workspace = new_workspace(cpu::forward_workspace_floats(problem), input);
   cpu::forward(problem,
@@ -68,6 +76,16 @@ void forward_cpu(Tensor input, Tensor qkv_weight, Tensor qkv_bias, int64_t num_h
 void backward_cpu(Tensor grad_output, Tensor input, Tensor qkv_weight, Tensor qkv_bias,
                   Tensor output, Tensor log_sum_exp, int64_t num_heads, double scale,
                   MaybeTensor grad_input, MaybeTensor grad_weight, MaybeTensor grad_bias) {
+  check_arguments(NAME, input.scalar_type(),
+                  {{"grad_output", grad_output, Layout::dense_last},
+                   {"input", input, Layout::dense_last},
+                   {"qkv_weight", qkv_weight, Layout::contiguous},
+                   {"qkv_bias", qkv_bias, Layout::contiguous},
+                   {"output", output, Layout::contiguous},
+                   {"grad_input", grad_input, Layout::contiguous},
+                   {"grad_weight", grad_weight, Layout::contiguous},
+                   {"grad_bias", grad_bias, Layout::contiguous}});
+  check_arguments(NAME, ScalarType::Float, {{"log_sum_exp", log_sum_exp, Layout::contiguous}});
   Problem problem = describe(input, num_heads, scale);
   problem.grad_output = {grad_output.stride(0), grad_output.stride(1)};
   const Tensor workspace = new_workspace(cpu::backward_workspace_floats(problem), input);

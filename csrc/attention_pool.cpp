@@ -43,9 +43,11 @@ void backward(const Problem& problem, const Backward& arguments) {
 
 namespace {
 
+constexpr const char* NAME = "attention_pool";
+
 Problem describe(const Tensor& tokens, const Tensor& queries, double scale) {
   Problem problem{};
-  problem.dtype = dtype_of(tokens);
+  problem.dtype = dtype_of(tokens, NAME);
   problem.batch = tokens.size(0);
   problem.tokens = tokens.size(1);
   problem.width = tokens.size(2);
@@ -56,6 +58,11 @@ Problem describe(const Tensor& tokens, const Tensor& queries, double scale) {
 }
 
 void forward_cpu(Tensor tokens, Tensor queries, double scale, Tensor output, Tensor log_sum_exp) {
+  check_arguments(NAME, tokens.scalar_type(),
+                  {{"tokens", tokens, Layout::dense_last},
+                   {"queries", queries, Layout::contiguous},
+                   {"output", output, Layout::contiguous}});
+  check_arguments(NAME, ScalarType::Float, {{"log_sum_exp", log_sum_exp, Layout::contiguous}});
   const Problem problem = describe(tokens, queries, scale);
   const Tensor workspace = new_workspace(cpu::forward_workspace_floats(problem), tokens);
   cpu::forward(problem,
@@ -67,6 +74,14 @@ void forward_cpu(Tensor tokens, Tensor queries, double scale, Tensor output, Ten
 void backward_cpu(Tensor grad_output, Tensor tokens, Tensor queries, Tensor output,
                   Tensor log_sum_exp, double scale, MaybeTensor grad_tokens,
                   MaybeTensor grad_queries) {
+  check_arguments(NAME, tokens.scalar_type(),
+                  {{"grad_output", grad_output, Layout::dense_last},
+                   {"tokens", tokens, Layout::dense_last},
+                   {"queries", queries, Layout::contiguous},
+                   {"output", output, Layout::contiguous},
+                   {"grad_tokens", grad_tokens, Layout::contiguous},
+                   {"grad_queries", grad_queries, Layout::contiguous}});
+  check_arguments(NAME, ScalarType::Float, {{"log_sum_exp", log_sum_exp, Layout::contiguous}});
   Problem problem = describe(tokens, queries, scale);
   problem.grad_output = {grad_output.stride(0), grad_output.stride(1)};
   const Tensor workspace = new_workspace(cpu::backward_workspace_floats(problem), tokens);

@@ -1,14 +1,23 @@
-// What the PyTorch boundaries of operators share: the choice of an instruction set, and the step
-// from a tensor to plain data.
+// What the PyTorch boundaries of operators share: the choice of an instruction set, the step from a
+// tensor to plain data, and the checks without which a kernel could leave a tensor's memory.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <initializer_list>
 #include <optional>
 
 #include "dtype.h"
 #include "library.h"
+
+#if defined(VFMK_WITH_CUDA)
+#include <torch/csrc/stable/accelerator.h>
+
+// Exported by libtorch_cuda alone: null under a CPU-only torch, where the library loads as well.
+extern "C" __attribute__((weak)) AOTITorchError
+aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
+#endif
 
 // Returns ISA::call, for the kernels that a file under cpu/ has compiled for each instruction set.
 #if defined(__x86_64__)
@@ -28,11 +37,11 @@
 
 namespace vfmk {
 
+using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using MaybeTensor = std::optional<Tensor>;
 
-inline DType dtype_of(const Tensor& tensor) {
-  using torch::headeronly::ScalarType;
+inline DType dtype_of(const Tensor& tensor, const char* op) {
   switch (tensor.scalar_type()) {
     case ScalarType::Float:
       return DType::float32;
@@ -41,17 +50,100 @@ inline DType dtype_of(const Tensor& tensor) {
     case ScalarType::BFloat16:
       return DType::bfloat16;
     default:
-      STD_TORCH_CHECK(false, "vfmk: a kernel was given an unsupported dtype");
+      STD_TORCH_CHECK(false, op, ": unsupported dtype");
   }
 }
 
+inline const void* data(const MaybeTensor& tensor) {
+  return tensor ? tensor->const_data_ptr() : nullptr;
+}
+
+// An empty gradient is not computed either: its pointer is null.
 inline void* mutable_data(const MaybeTensor& tensor) {
-  return tensor ? tensor->mutable_data_ptr() : nullptr;
+  return tensor && tensor->numel() > 0 ? tensor->mutable_data_ptr() : nullptr;
 }
 
 inline Tensor new_workspace(int64_t floats, const Tensor& like) {
-  return torch::stable::empty({floats}, torch::headeronly::ScalarType::Float, std::nullopt,
-                              like.device());
+  return torch::stable::empty({floats}, ScalarType::Float, std::nullopt, like.device());
 }
+
+// What a kernel takes for granted of a tensor's strides.
+enum class Layout {
+  dense_channels,  // dimension 1
+  dense_last,
+  packed,  // without gaps, the dimensions in any order
+  contiguous,
+};
+
+inline const char* describe(Layout layout) {
+  switch (layout) {
+    case Layout::dense_channels:
+      return "dense in dimension 1";
+    case Layout::dense_last:
+      return "dense in the last dimension";
+    case Layout::packed:
+      return "dense in memory";
+    default:
+      return "contiguous";
+  }
+}
+
+inline bool has_layout(const Tensor& tensor, Layout layout) {
+  if (tensor.numel() == 0) return true;
+  const auto is_dense = [&](int64_t dim) {
+    return tensor.size(dim) == 1 || tensor.stride(dim) == 1;
+  };
+  switch (layout) {
+    case Layout::dense_channels:
+      return is_dense(1);
+    case Layout::dense_last:
+      return is_dense(tensor.dim() - 1);
+    case Layout::packed: {
+      int64_t last = 0;
+      for (int64_t dim = 0; dim < tensor.dim(); ++dim) {
+        last += (tensor.size(dim) - 1) * tensor.stride(dim);
+      }
+      return last + 1 == tensor.numel();
+    }
+    default:
+      return tensor.is_contiguous();
+  }
+}
+
+struct Argument {
+  const char* name;
+  MaybeTensor tensor;
+  Layout layout;
+};
+
+// Kernels read and write every one of these tensors in one dtype: with another they would leave its
+// memory.
+inline void check_arguments(const char* op, ScalarType dtype,
+                            std::initializer_list<Argument> arguments) {
+  using torch::headeronly::toString;
+  for (const auto& [name, tensor, layout] : arguments) {
+    if (!tensor) continue;
+    STD_TORCH_CHECK(tensor->scalar_type() == dtype, op, ": ", name, " must be ", toString(dtype),
+                    ", got ", toString(tensor->scalar_type()));
+    STD_TORCH_CHECK(has_layout(*tensor, layout), op, ": ", name, " must be ", describe(layout));
+  }
+}
+
+#if defined(VFMK_WITH_CUDA)
+
+inline void* current_stream(const Tensor& tensor, const char* op) {
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, op, ": this torch has no CUDA");
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+  return stream;
+}
+
+// `message` is null, or what a launch reports.
+inline void check_launch(const char* op, const char* message) {
+  STD_TORCH_CHECK(message == nullptr, op, ": ", message);
+}
+
+#endif
 
 }  // namespace vfmk

@@ -2,20 +2,9 @@
 // vfmk/ops/channel_remap.py has checked every argument and allocated every output.
 #include "channel_remap.h"
 
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
-#include <optional>
-
-#include "library.h"
-
-#if defined(VFMK_WITH_CUDA)
-// Exported by libtorch_cuda alone: null under a CPU-only torch, where the library loads as well.
-extern "C" __attribute__((weak)) AOTITorchError
-aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
-#endif
+#include "boundary.h"
 
 namespace vfmk::channel_remap {
 
@@ -29,22 +18,8 @@ namespace cpu {
   void backward(const Problem& problem, const Backward& arguments); \
   }
 VFMK_DECLARE(baseline)
-#if defined(__x86_64__)
 VFMK_DECLARE(avx2)
 VFMK_DECLARE(avx512)
-#define VFMK_DISPATCH(call)  \
-  switch (cpu_isa()) {       \
-    case CpuIsa::avx512:     \
-      return avx512::call;   \
-    case CpuIsa::avx2:       \
-      return avx2::call;     \
-    case CpuIsa::baseline:   \
-      return baseline::call; \
-  }                          \
-  return baseline::call
-#else
-#define VFMK_DISPATCH(call) return baseline::call
-#endif
 
 int64_t workspace_words(const Problem& problem) { VFMK_DISPATCH(workspace_words(problem)); }
 
@@ -60,33 +35,13 @@ void backward(const Problem& problem, const Backward& arguments) {
 
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using MaybeTensor = std::optional<Tensor>;
-
-DType dtype_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return DType::float32;
-    case ScalarType::Half:
-      return DType::float16;
-    case ScalarType::BFloat16:
-      return DType::bfloat16;
-    default:
-      STD_TORCH_CHECK(false, "channel_remap: unsupported dtype");
-  }
-}
+constexpr const char* NAME = "channel_remap";
 
 Strides strides(const Tensor& tensor) {
   return {tensor.stride(0), tensor.stride(1), tensor.stride(2), tensor.stride(3)};
 }
 Strides strides(const MaybeTensor& tensor) { return tensor ? strides(*tensor) : Strides{}; }
 
-const void* data(const MaybeTensor& tensor) { return tensor ? tensor->const_data_ptr() : nullptr; }
-// An empty gradient is not computed either: its pointer is null.
-void* mutable_data(const MaybeTensor& tensor) {
-  return tensor && tensor->numel() > 0 ? tensor->mutable_data_ptr() : nullptr;
-}
 const int64_t* positions(const Tensor& index) {
   return static_cast<const int64_t*>(index.const_data_ptr());
 }
@@ -95,7 +50,7 @@ const int64_t* positions(const Tensor& index) {
 Problem describe(const Tensor& output, const Tensor& index, int64_t input_channels,
                  bool channels_last) {
   Problem problem{};
-  problem.dtype = dtype_of(output);
+  problem.dtype = dtype_of(output, NAME);
   problem.channels_last = channels_last;
   problem.maps = index.size(0);
   problem.samples = problem.maps > 0 ? output.size(0) / problem.maps : 0;
@@ -107,24 +62,36 @@ Problem describe(const Tensor& output, const Tensor& index, int64_t input_channe
   return problem;
 }
 
-Problem describe_forward(const Tensor& input, const Tensor& index, bool channels_last,
-                         const Tensor& output) {
+Layout input_layout(bool channels_last) {
+  return channels_last ? Layout::dense_channels : Layout::dense_last;
+}
+
+Problem describe_forward(const Tensor& input, const Tensor& index, const MaybeTensor& scale,
+                         bool channels_last, const Tensor& output) {
+  check_arguments(NAME, output.scalar_type(),
+                  {{"input", input, input_layout(channels_last)},
+                   {"scale", scale, Layout::contiguous},
+                   {"output", output, Layout::packed}});
+  check_arguments(NAME, ScalarType::Long, {{"index", index, Layout::contiguous}});
   Problem problem = describe(output, index, input.size(1), channels_last);
   problem.input = strides(input);
   return problem;
 }
 
 Problem describe_backward(const Tensor& grad_output, const MaybeTensor& input, const Tensor& index,
-                          int64_t input_channels, bool channels_last,
-                          const MaybeTensor& grad_input) {
+                          const MaybeTensor& scale, int64_t input_channels, bool channels_last,
+                          const MaybeTensor& grad_input, const MaybeTensor& grad_scale) {
+  check_arguments(NAME, grad_output.scalar_type(),
+                  {{"grad_output", grad_output, Layout::packed},
+                   {"input", input, input_layout(channels_last)},
+                   {"scale", scale, Layout::contiguous},
+                   {"grad_input", grad_input, Layout::packed},
+                   {"grad_scale", grad_scale, Layout::contiguous}});
+  check_arguments(NAME, ScalarType::Long, {{"index", index, Layout::contiguous}});
   Problem problem = describe(grad_output, index, input_channels, channels_last);
   problem.input = strides(input);
   problem.grad_input = strides(grad_input);
   return problem;
-}
-
-Tensor new_workspace(int64_t words, const Tensor& like) {
-  return torch::stable::empty({words}, ScalarType::Float, std::nullopt, like.device());
 }
 
 Backward pointers(const Tensor& grad_output, const MaybeTensor& input, const Tensor& index,
@@ -140,7 +107,7 @@ Backward pointers(const Tensor& grad_output, const MaybeTensor& input, const Ten
 }
 
 void forward_cpu(Tensor input, Tensor index, MaybeTensor scale, bool channels_last, Tensor output) {
-  const Problem problem = describe_forward(input, index, channels_last, output);
+  const Problem problem = describe_forward(input, index, scale, channels_last, output);
   cpu::forward(problem,
                {input.const_data_ptr(), positions(index), data(scale), output.mutable_data_ptr()});
 }
@@ -148,8 +115,8 @@ void forward_cpu(Tensor input, Tensor index, MaybeTensor scale, bool channels_la
 void backward_cpu(Tensor grad_output, MaybeTensor input, Tensor index, MaybeTensor scale,
                   int64_t input_channels, bool channels_last, MaybeTensor grad_input,
                   MaybeTensor grad_scale) {
-  const Problem problem =
-      describe_backward(grad_output, input, index, input_channels, channels_last, grad_input);
+  const Problem problem = describe_backward(grad_output, input, index, scale, input_channels,
+                                            channels_last, grad_input, grad_scale);
   const Tensor workspace = new_workspace(cpu::workspace_words(problem), grad_output);
   cpu::backward(problem,
                 pointers(grad_output, input, index, scale, grad_input, grad_scale, workspace));
@@ -157,36 +124,27 @@ void backward_cpu(Tensor grad_output, MaybeTensor input, Tensor index, MaybeTens
 
 #if defined(VFMK_WITH_CUDA)
 
-void* current_stream(const Tensor& tensor) {
-  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
-                  "channel_remap: this torch has no CUDA");
-  void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
-  return stream;
-}
-
-void check(const char* message) { STD_TORCH_CHECK(message == nullptr, "channel_remap: ", message); }
-
 void forward_cuda(Tensor input, Tensor index, MaybeTensor scale, bool channels_last,
                   Tensor output) {
   const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
-  const Problem problem = describe_forward(input, index, channels_last, output);
-  check(cuda::forward(
-      problem, {input.const_data_ptr(), positions(index), data(scale), output.mutable_data_ptr()},
-      current_stream(input)));
+  const Problem problem = describe_forward(input, index, scale, channels_last, output);
+  check_launch(NAME, cuda::forward(problem,
+                                   {input.const_data_ptr(), positions(index), data(scale),
+                                    output.mutable_data_ptr()},
+                                   current_stream(input, NAME)));
 }
 
 void backward_cuda(Tensor grad_output, MaybeTensor input, Tensor index, MaybeTensor scale,
                    int64_t input_channels, bool channels_last, MaybeTensor grad_input,
                    MaybeTensor grad_scale) {
   const torch::stable::accelerator::DeviceGuard guard(grad_output.get_device_index());
-  const Problem problem =
-      describe_backward(grad_output, input, index, input_channels, channels_last, grad_input);
+  const Problem problem = describe_backward(grad_output, input, index, scale, input_channels,
+                                            channels_last, grad_input, grad_scale);
   const Tensor workspace = new_workspace(cuda::workspace_words(problem), grad_output);
-  check(cuda::backward(
-      problem, pointers(grad_output, input, index, scale, grad_input, grad_scale, workspace),
-      current_stream(grad_output)));
+  check_launch(NAME, cuda::backward(problem,
+                                    pointers(grad_output, input, index, scale, grad_input,
+                                             grad_scale, workspace),
+                                    current_stream(grad_output, NAME)));
 }
 
 #endif

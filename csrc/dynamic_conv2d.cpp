@@ -4,13 +4,10 @@
 #include "dynamic_conv2d.h"
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/tensor.h>
 
-#include <optional>
 #include <vector>
 
-#include "library.h"
-#include "tensors.h"
+#include "boundary.h"
 
 namespace vfmk::dynamic_conv2d {
 
@@ -25,22 +22,8 @@ namespace cpu {
   void backward(const Problem& problem, const Backward& arguments);                             \
   }
 VFMK_DECLARE(baseline)
-#if defined(__x86_64__)
 VFMK_DECLARE(avx2)
 VFMK_DECLARE(avx512)
-#define VFMK_DISPATCH(call)  \
-  switch (cpu_isa()) {       \
-    case CpuIsa::avx512:     \
-      return avx512::call;   \
-    case CpuIsa::avx2:       \
-      return avx2::call;     \
-    case CpuIsa::baseline:   \
-      return baseline::call; \
-  }                          \
-  return baseline::call
-#else
-#define VFMK_DISPATCH(call) return baseline::call
-#endif
 
 int64_t workspace_floats(const Problem& problem) { VFMK_DISPATCH(workspace_floats(problem)); }
 
@@ -57,7 +40,8 @@ void backward(const Problem& problem, const Backward& arguments) {
 
 namespace {
 
-using torch::stable::Tensor;
+constexpr const char* NAME = "dynamic_conv2d";
+
 using Sizes = std::vector<int64_t>;
 
 Strides dense(bool channels_last, int64_t channels, int64_t height, int64_t width) {
@@ -70,8 +54,8 @@ Strides dense(bool channels_last, int64_t channels, int64_t height, int64_t widt
 Problem describe(const Tensor& input, const Tensor& weight, const Sizes& padding,
                  const Sizes& dilation, const Tensor& image) {
   Problem problem{};
-  problem.dtype = dtype_of(input, "dynamic_conv2d");
-  problem.channels_last = input.stride(3) != 1;
+  problem.dtype = dtype_of(input, NAME);
+  problem.channels_last = input.stride(3) != 1 && input.stride(1) == 1;
   problem.shared_weight = weight.size(0) == 1;
   problem.batch = input.size(0);
   problem.input_channels = input.size(1);
@@ -94,11 +78,43 @@ Problem describe(const Tensor& input, const Tensor& weight, const Sizes& padding
   return problem;
 }
 
-bool is_shared(const std::optional<Tensor>& bias) { return bias && bias->size(0) == 1; }
+bool is_shared(const MaybeTensor& bias) { return bias && bias->size(0) == 1; }
+
+Layout input_layout(const Problem& problem) {
+  return problem.channels_last ? Layout::dense_channels : Layout::dense_last;
+}
+
+Problem describe_forward(const Tensor& input, const Tensor& weight, const MaybeTensor& bias,
+                         const Sizes& padding, const Sizes& dilation, const Tensor& output) {
+  Problem problem = describe(input, weight, padding, dilation, output);
+  problem.shared_bias = is_shared(bias);
+  check_arguments(NAME, input.scalar_type(),
+                  {{"input", input, input_layout(problem)},
+                   {"weight", weight, Layout::contiguous},
+                   {"bias", bias, Layout::contiguous},
+                   {"output", output, Layout::packed}});
+  return problem;
+}
+
+Problem describe_backward(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
+                          const Sizes& padding, const Sizes& dilation,
+                          const MaybeTensor& grad_input, const MaybeTensor& grad_weight,
+                          const MaybeTensor& grad_bias) {
+  Problem problem = describe(input, weight, padding, dilation, grad_output);
+  problem.shared_bias = is_shared(grad_bias);
+  check_arguments(NAME, input.scalar_type(),
+                  {{"grad_output", grad_output, Layout::packed},
+                   {"input", input, input_layout(problem)},
+                   {"weight", weight, Layout::contiguous},
+                   {"grad_input", grad_input, Layout::packed},
+                   {"grad_weight", grad_weight, Layout::contiguous},
+                   {"grad_bias", grad_bias, Layout::contiguous}});
+  return problem;
+}
 
 Backward pointers(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
-                  const std::optional<Tensor>& grad_input, const std::optional<Tensor>& grad_weight,
-                  const std::optional<Tensor>& grad_bias, const Tensor& workspace) {
+                  const MaybeTensor& grad_input, const MaybeTensor& grad_weight,
+                  const MaybeTensor& grad_bias, const Tensor& workspace) {
   return {grad_output.const_data_ptr(),
           input.const_data_ptr(),
           weight.const_data_ptr(),
@@ -108,19 +124,17 @@ Backward pointers(const Tensor& grad_output, const Tensor& input, const Tensor& 
           static_cast<float*>(workspace.mutable_data_ptr())};
 }
 
-void forward_cpu(Tensor input, Tensor weight, std::optional<Tensor> bias, Sizes padding,
-                 Sizes dilation, Tensor output) {
-  Problem problem = describe(input, weight, padding, dilation, output);
-  problem.shared_bias = is_shared(bias);
+void forward_cpu(Tensor input, Tensor weight, MaybeTensor bias, Sizes padding, Sizes dilation,
+                 Tensor output) {
+  const Problem problem = describe_forward(input, weight, bias, padding, dilation, output);
   cpu::forward(problem, input.const_data_ptr(), weight.const_data_ptr(), data(bias),
                output.mutable_data_ptr());
 }
 
 void backward_cpu(Tensor grad_output, Tensor input, Tensor weight, Sizes padding, Sizes dilation,
-                  std::optional<Tensor> grad_input, std::optional<Tensor> grad_weight,
-                  std::optional<Tensor> grad_bias) {
-  Problem problem = describe(input, weight, padding, dilation, grad_output);
-  problem.shared_bias = is_shared(grad_bias);
+                  MaybeTensor grad_input, MaybeTensor grad_weight, MaybeTensor grad_bias) {
+  const Problem problem = describe_backward(grad_output, input, weight, padding, dilation,
+                                            grad_input, grad_weight, grad_bias);
   const Tensor workspace = new_workspace(cpu::workspace_floats(problem), input);
   cpu::backward(
       problem, pointers(grad_output, input, weight, grad_input, grad_weight, grad_bias, workspace));

@@ -2,21 +2,11 @@
 // vfmk/ops/dynamic_depthwise_conv2d.py has checked every argument and allocated every output.
 #include "dynamic_depthwise_conv2d.h"
 
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/tensor.h>
 
-#include <optional>
 #include <vector>
 
-#include "library.h"
-#include "tensors.h"
-
-#if defined(VFMK_WITH_CUDA)
-// Exported by libtorch_cuda alone: null under a CPU-only torch, where the library loads as well.
-extern "C" __attribute__((weak)) AOTITorchError
-aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
-#endif
+#include "boundary.h"
 
 namespace vfmk::dynamic_depthwise_conv2d {
 
@@ -31,22 +21,8 @@ namespace cpu {
   void backward(const Problem& problem, const Backward& arguments);                             \
   }
 VFMK_DECLARE(baseline)
-#if defined(__x86_64__)
 VFMK_DECLARE(avx2)
 VFMK_DECLARE(avx512)
-#define VFMK_DISPATCH(call)  \
-  switch (cpu_isa()) {       \
-    case CpuIsa::avx512:     \
-      return avx512::call;   \
-    case CpuIsa::avx2:       \
-      return avx2::call;     \
-    case CpuIsa::baseline:   \
-      return baseline::call; \
-  }                          \
-  return baseline::call
-#else
-#define VFMK_DISPATCH(call) return baseline::call
-#endif
 
 int64_t workspace_floats(const Problem& problem) { VFMK_DISPATCH(workspace_floats(problem)); }
 
@@ -63,7 +39,8 @@ void backward(const Problem& problem, const Backward& arguments) {
 
 namespace {
 
-using torch::stable::Tensor;
+constexpr const char* NAME = "dynamic_depthwise_conv2d";
+
 using Sizes = std::vector<int64_t>;
 
 Strides dense(bool channels_last, int64_t channels, int64_t height, int64_t width) {
@@ -76,8 +53,8 @@ Strides dense(bool channels_last, int64_t channels, int64_t height, int64_t widt
 Problem describe(const Tensor& input, const Tensor& weight, const Sizes& padding,
                  const Sizes& dilation, const Tensor& image) {
   Problem problem{};
-  problem.dtype = dtype_of(input, "dynamic_depthwise_conv2d");
-  problem.channels_last = input.stride(3) != 1;
+  problem.dtype = dtype_of(input, NAME);
+  problem.channels_last = input.stride(3) != 1 && input.stride(1) == 1;
   problem.shared_weight = weight.size(0) == 1;
   problem.batch = input.size(0);
   problem.channels = input.size(1);
@@ -99,11 +76,43 @@ Problem describe(const Tensor& input, const Tensor& weight, const Sizes& padding
   return problem;
 }
 
-bool is_shared(const std::optional<Tensor>& bias) { return bias && bias->size(0) == 1; }
+bool is_shared(const MaybeTensor& bias) { return bias && bias->size(0) == 1; }
+
+Layout input_layout(const Problem& problem) {
+  return problem.channels_last ? Layout::dense_channels : Layout::dense_last;
+}
+
+Problem describe_forward(const Tensor& input, const Tensor& weight, const MaybeTensor& bias,
+                         const Sizes& padding, const Sizes& dilation, const Tensor& output) {
+  Problem problem = describe(input, weight, padding, dilation, output);
+  problem.shared_bias = is_shared(bias);
+  check_arguments(NAME, input.scalar_type(),
+                  {{"input", input, input_layout(problem)},
+                   {"weight", weight, Layout::contiguous},
+                   {"bias", bias, Layout::contiguous},
+                   {"output", output, Layout::packed}});
+  return problem;
+}
+
+Problem describe_backward(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
+                          const Sizes& padding, const Sizes& dilation,
+                          const MaybeTensor& grad_input, const MaybeTensor& grad_weight,
+                          const MaybeTensor& grad_bias) {
+  Problem problem = describe(input, weight, padding, dilation, grad_output);
+  problem.shared_bias = is_shared(grad_bias);
+  check_arguments(NAME, input.scalar_type(),
+                  {{"grad_output", grad_output, Layout::packed},
+                   {"input", input, input_layout(problem)},
+                   {"weight", weight, Layout::contiguous},
+                   {"grad_input", grad_input, Layout::packed},
+                   {"grad_weight", grad_weight, Layout::contiguous},
+                   {"grad_bias", grad_bias, Layout::contiguous}});
+  return problem;
+}
 
 Backward pointers(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
-                  const std::optional<Tensor>& grad_input, const std::optional<Tensor>& grad_weight,
-                  const std::optional<Tensor>& grad_bias, const Tensor& workspace) {
+                  const MaybeTensor& grad_input, const MaybeTensor& grad_weight,
+                  const MaybeTensor& grad_bias, const Tensor& workspace) {
   return {grad_output.const_data_ptr(),
           input.const_data_ptr(),
           weight.const_data_ptr(),
@@ -113,19 +122,17 @@ Backward pointers(const Tensor& grad_output, const Tensor& input, const Tensor& 
           static_cast<float*>(workspace.mutable_data_ptr())};
 }
 
-void forward_cpu(Tensor input, Tensor weight, std::optional<Tensor> bias, Sizes padding,
-                 Sizes dilation, Tensor output) {
-  Problem problem = describe(input, weight, padding, dilation, output);
-  problem.shared_bias = is_shared(bias);
+void forward_cpu(Tensor input, Tensor weight, MaybeTensor bias, Sizes padding, Sizes dilation,
+                 Tensor output) {
+  const Problem problem = describe_forward(input, weight, bias, padding, dilation, output);
   cpu::forward(problem, input.const_data_ptr(), weight.const_data_ptr(), data(bias),
                output.mutable_data_ptr());
 }
 
 void backward_cpu(Tensor grad_output, Tensor input, Tensor weight, Sizes padding, Sizes dilation,
-                  std::optional<Tensor> grad_input, std::optional<Tensor> grad_weight,
-                  std::optional<Tensor> grad_bias) {
-  Problem problem = describe(input, weight, padding, dilation, grad_output);
-  problem.shared_bias = is_shared(grad_bias);
+                  MaybeTensor grad_input, MaybeTensor grad_weight, MaybeTensor grad_bias) {
+  const Problem problem = describe_backward(grad_output, input, weight, padding, dilation,
+                                            grad_input, grad_weight, grad_bias);
   const Tensor workspace = new_workspace(cpu::workspace_floats(problem), input);
   cpu::backward(
       problem, pointers(grad_output, input, weight, grad_input, grad_weight, grad_bias, workspace));
@@ -133,38 +140,25 @@ void backward_cpu(Tensor grad_output, Tensor input, Tensor weight, Sizes padding
 
 #if defined(VFMK_WITH_CUDA)
 
-void* current_stream(const Tensor& tensor) {
-  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
-                  "dynamic_depthwise_conv2d: this torch has no CUDA");
-  void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
-  return stream;
-}
-
-void check(const char* message) {
-  STD_TORCH_CHECK(message == nullptr, "dynamic_depthwise_conv2d: ", message);
-}
-
-void forward_cuda(Tensor input, Tensor weight, std::optional<Tensor> bias, Sizes padding,
-                  Sizes dilation, Tensor output) {
+void forward_cuda(Tensor input, Tensor weight, MaybeTensor bias, Sizes padding, Sizes dilation,
+                  Tensor output) {
   const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
-  Problem problem = describe(input, weight, padding, dilation, output);
-  problem.shared_bias = is_shared(bias);
-  check(cuda::forward(problem, input.const_data_ptr(), weight.const_data_ptr(), data(bias),
-                      output.mutable_data_ptr(), current_stream(input)));
+  const Problem problem = describe_forward(input, weight, bias, padding, dilation, output);
+  check_launch(NAME,
+               cuda::forward(problem, input.const_data_ptr(), weight.const_data_ptr(), data(bias),
+                             output.mutable_data_ptr(), current_stream(input, NAME)));
 }
 
 void backward_cuda(Tensor grad_output, Tensor input, Tensor weight, Sizes padding, Sizes dilation,
-                   std::optional<Tensor> grad_input, std::optional<Tensor> grad_weight,
-                   std::optional<Tensor> grad_bias) {
+                   MaybeTensor grad_input, MaybeTensor grad_weight, MaybeTensor grad_bias) {
   const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
-  Problem problem = describe(input, weight, padding, dilation, grad_output);
-  problem.shared_bias = is_shared(grad_bias);
+  const Problem problem = describe_backward(grad_output, input, weight, padding, dilation,
+                                            grad_input, grad_weight, grad_bias);
   const Tensor workspace = new_workspace(cuda::workspace_floats(problem), input);
-  check(cuda::backward(
-      problem, pointers(grad_output, input, weight, grad_input, grad_weight, grad_bias, workspace),
-      current_stream(input)));
+  check_launch(NAME, cuda::backward(problem,
+                                    pointers(grad_output, input, weight, grad_input, grad_weight,
+                                             grad_bias, workspace),
+                                    current_stream(input, NAME)));
 }
 
 #endif

@@ -4,13 +4,10 @@
 #include "mask_iou.h"
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
-#include <optional>
 #include <vector>
 
-#include "library.h"
+#include "boundary.h"
 
 namespace vfmk::mask_iou {
 
@@ -23,22 +20,8 @@ namespace cpu {
   void forward(const Problem& problem, const Arguments& arguments); \
   }
 VFMK_DECLARE(baseline)
-#if defined(__x86_64__)
 VFMK_DECLARE(avx2)
 VFMK_DECLARE(avx512)
-#define VFMK_DISPATCH(call)  \
-  switch (cpu_isa()) {       \
-    case CpuIsa::avx512:     \
-      return avx512::call;   \
-    case CpuIsa::avx2:       \
-      return avx2::call;     \
-    case CpuIsa::baseline:   \
-      return baseline::call; \
-  }                          \
-  return baseline::call
-#else
-#define VFMK_DISPATCH(call) return baseline::call
-#endif
 
 int64_t workspace_bytes(const Problem& problem) { VFMK_DISPATCH(workspace_bytes(problem)); }
 
@@ -50,26 +33,15 @@ void forward(const Problem& problem, const Arguments& arguments) {
 
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-DType dtype_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return DType::float32;
-    case ScalarType::Half:
-      return DType::float16;
-    case ScalarType::BFloat16:
-      return DType::bfloat16;
-    default:
-      STD_TORCH_CHECK(false, "mask_iou: unsupported dtype");
-  }
-}
+constexpr const char* NAME = "mask_iou";
 
 void forward_cpu(Tensor logits, Tensor target, std::vector<int64_t> input_size, int64_t image_size,
                  double threshold, Tensor iou) {
+  check_arguments(NAME, logits.scalar_type(), {{"logits", logits, Layout::dense_last}});
+  check_arguments(NAME, ScalarType::Bool, {{"target", target, Layout::contiguous}});
+  check_arguments(NAME, ScalarType::Float, {{"iou", iou, Layout::contiguous}});
   Problem problem{};
-  problem.dtype = dtype_of(logits);
+  problem.dtype = dtype_of(logits, NAME);
   problem.masks = logits.size(0);
   problem.low_height = logits.size(1);
   problem.low_width = logits.size(2);

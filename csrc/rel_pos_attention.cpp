@@ -4,13 +4,10 @@
 #include "rel_pos_attention.h"
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
-#include <optional>
 #include <vector>
 
-#include "library.h"
+#include "boundary.h"
 
 namespace vfmk::rel_pos_attention {
 
@@ -25,22 +22,8 @@ namespace cpu {
   void backward(const Problem& problem, const Backward& arguments); \
   }
 VFMK_DECLARE(baseline)
-#if defined(__x86_64__)
 VFMK_DECLARE(avx2)
 VFMK_DECLARE(avx512)
-#define VFMK_DISPATCH(call)  \
-  switch (cpu_isa()) {       \
-    case CpuIsa::avx512:     \
-      return avx512::call;   \
-    case CpuIsa::avx2:       \
-      return avx2::call;     \
-    case CpuIsa::baseline:   \
-      return baseline::call; \
-  }                          \
-  return baseline::call
-#else
-#define VFMK_DISPATCH(call) return baseline::call
-#endif
 
 int64_t forward_workspace_floats(const Problem& problem) {
   VFMK_DISPATCH(forward_workspace_floats(problem));
@@ -62,39 +45,20 @@ void backward(const Problem& problem, const Backward& arguments) {
 
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using MaybeTensor = std::optional<Tensor>;
-using Sizes = std::vector<int64_t>;
+constexpr const char* NAME = "rel_pos_attention";
 
-DType dtype_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return DType::float32;
-    case ScalarType::Half:
-      return DType::float16;
-    case ScalarType::BFloat16:
-      return DType::bfloat16;
-    default:
-      STD_TORCH_CHECK(false, "rel_pos_attention: unsupported dtype");
-  }
-}
+using Sizes = std::vector<int64_t>;
 
 Strides strides(const Tensor& tensor) {
   return {tensor.stride(0), tensor.stride(1), tensor.stride(2), tensor.stride(3)};
 }
 Strides strides(const MaybeTensor& tensor) { return tensor ? strides(*tensor) : Strides{}; }
 
-const void* data(const MaybeTensor& tensor) { return tensor ? tensor->const_data_ptr() : nullptr; }
-void* mutable_data(const MaybeTensor& tensor) {
-  return tensor && tensor->numel() > 0 ? tensor->mutable_data_ptr() : nullptr;
-}
-
 Problem describe(const Tensor& query, const Tensor& key, const Tensor& value,
                  const Tensor& relative, const Tensor& output, const Sizes& window_size,
                  double scale) {
   Problem problem{};
-  problem.dtype = dtype_of(query);
+  problem.dtype = dtype_of(query, NAME);
   problem.batch = query.size(0);
   problem.height = static_cast<int32_t>(query.size(1));
   problem.width = static_cast<int32_t>(query.size(2));
@@ -113,13 +77,18 @@ Problem describe(const Tensor& query, const Tensor& key, const Tensor& value,
   return problem;
 }
 
-Tensor new_workspace(int64_t floats, const Tensor& like) {
-  return torch::stable::empty({floats}, ScalarType::Float, std::nullopt, like.device());
-}
-
 void forward_cpu(Tensor query, Tensor key, Tensor value, Tensor relative, MaybeTensor pad_key,
                  MaybeTensor pad_value, Sizes window_size, double scale, Tensor output,
                  Tensor logsumexp) {
+  check_arguments(NAME, query.scalar_type(),
+                  {{"query", query, Layout::dense_last},
+                   {"key", key, Layout::dense_last},
+                   {"value", value, Layout::dense_last},
+                   {"relative", relative, Layout::dense_last},
+                   {"pad_key", pad_key, Layout::contiguous},
+                   {"pad_value", pad_value, Layout::contiguous},
+                   {"output", output, Layout::dense_last}});
+  check_arguments(NAME, ScalarType::Float, {{"logsumexp", logsumexp, Layout::contiguous}});
   const Problem problem = describe(query, key, value, relative, output, window_size, scale);
   const Tensor workspace = new_workspace(cpu::forward_workspace_floats(problem), query);
   cpu::forward(problem,
@@ -134,6 +103,22 @@ void backward_cpu(Tensor grad_output, Tensor query, Tensor key, Tensor value, Te
                   Sizes window_size, double scale, MaybeTensor grad_query, MaybeTensor grad_key,
                   MaybeTensor grad_value, MaybeTensor grad_relative, MaybeTensor grad_pad_key,
                   MaybeTensor grad_pad_value) {
+  check_arguments(NAME, query.scalar_type(),
+                  {{"grad_output", grad_output, Layout::dense_last},
+                   {"query", query, Layout::dense_last},
+                   {"key", key, Layout::dense_last},
+                   {"value", value, Layout::dense_last},
+                   {"relative", relative, Layout::dense_last},
+                   {"pad_key", pad_key, Layout::contiguous},
+                   {"pad_value", pad_value, Layout::contiguous},
+                   {"output", output, Layout::dense_last},
+                   {"grad_query", grad_query, Layout::dense_last},
+                   {"grad_key", grad_key, Layout::dense_last},
+                   {"grad_value", grad_value, Layout::dense_last},
+                   {"grad_relative", grad_relative, Layout::dense_last},
+                   {"grad_pad_key", grad_pad_key, Layout::contiguous},
+                   {"grad_pad_value", grad_pad_value, Layout::contiguous}});
+  check_arguments(NAME, ScalarType::Float, {{"logsumexp", logsumexp, Layout::contiguous}});
   Problem problem = describe(query, key, value, relative, output, window_size, scale);
   problem.grad_output = strides(grad_output);
   problem.grad_query = strides(grad_query);

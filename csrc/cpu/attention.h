@@ -1,12 +1,13 @@
-// What attention kernels with queries in lanes share: the softmax, packing, and the integers.
+// What attention kernels share: packing, and the softmax of those with queries in lanes.
 //
-// Scores of a block of queries and a tile of keys are stored [keys][row], the queries dense. A
+// Those store the scores of a block of queries and a tile of keys [keys][row], the queries dense. A
 // softmax over the keys then goes lane by lane, with no reduction inside a vector. Scores are in
 // units of log2(e). Internal linkage throughout, as in vector.h.
 #pragma once
 
 #include <cstring>
 
+#include "integers.h"
 #include "matrix.h"
 #include "vector.h"
 
@@ -16,14 +17,6 @@ namespace {
 constexpr float LOG2E = 1.44269504f;
 constexpr float LN2 = 0.693147181f;
 constexpr int64_t GRAIN = 1 << 16;  // multiply-adds of vectors, about 10 us
-
-inline int64_t minimum(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t maximum(int64_t a, int64_t b) { return a > b ? a : b; }
-inline int64_t clamp(int64_t a, int64_t low, int64_t high) {
-  return maximum(minimum(a, high), low);
-}
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 // Items of so many multiply-adds each that parallel_for gives to one thread at least.
 inline int64_t grain_of(int64_t multiply_adds) {
@@ -42,17 +35,25 @@ struct Memory {
   }
 };
 
-// to[n][c] = factor * from[n][c] for n < count and c < width; zeros in the rest of
+// to[n][c] = factor * row_of(n)[c] for c < width, zeros where that row is null, and in the rest of
 // to[rows][to_row].
+template <typename Format, typename RowOf>
+void pack_rows(const RowOf& row_of, int64_t rows, int64_t width, float factor, float* to,
+               int64_t to_row) {
+  for (int64_t n = 0; n < rows; ++n, to += to_row) {
+    const typename Format::Element* row = row_of(n);
+    for (int64_t c = 0; c < to_row; c += LANES) {
+      store<Float32>(to + c, row && c < width ? load<Format>(row + c, width - c) * factor : Vec{});
+    }
+  }
+}
+
+// The same for rows that lie from_row apart, `count` of them.
 template <typename Format>
 void pack_rows(const typename Format::Element* from, int64_t from_row, int64_t count, int64_t width,
                float factor, float* to, int64_t rows, int64_t to_row) {
-  for (int64_t n = 0; n < count; ++n, from += from_row, to += to_row) {
-    for (int64_t c = 0; c < to_row; c += LANES) {
-      store<Float32>(to + c, c < width ? load<Format>(from + c, width - c) * factor : Vec{});
-    }
-  }
-  std::memset(to, 0, (rows - count) * to_row * sizeof(float));
+  const auto row_of = [=](int64_t n) { return n < count ? from + n * from_row : nullptr; };
+  pack_rows<Format>(row_of, rows, width, factor, to, to_row);
 }
 
 // to[c][n] = factor * from[n][c] for n < rows and c < columns, of which LANES is a divisor.

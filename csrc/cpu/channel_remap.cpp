@@ -16,6 +16,7 @@
 #include <cstring>
 
 #include "../parallel.h"
+#include "integers.h"
 #include "vector.h"
 
 namespace vfmk::channel_remap::cpu::VFMK_ISA {
@@ -25,19 +26,17 @@ constexpr int64_t GRAIN = 1 << 15;  // elements that are worth a thread
 constexpr int64_t PIXELS = 512;     // of a channels-last item
 constexpr int BLOCK = 8;            // vectors of one channel between two uses of its readers
 
-int64_t minimum(int64_t a, int64_t b) { return a < b ? a : b; }
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t grain(int64_t elements) { return divide_up(GRAIN, elements + 1); }
+int64_t grain(int64_t elements) { return ceil_div(GRAIN, elements + 1); }
 
 // Consecutive pixels of one sample's row in a channels-last problem.
 struct Pixels {
   int64_t sample, row, column, count;
 
   static int64_t chunks(const Problem& problem) {
-    return problem.rows * divide_up(problem.columns, PIXELS);
+    return problem.rows * ceil_div(problem.columns, PIXELS);
   }
   Pixels(const Problem& problem, int64_t item) {
-    const int64_t across = divide_up(problem.columns, PIXELS);
+    const int64_t across = ceil_div(problem.columns, PIXELS);
     sample = item / (problem.rows * across);
     row = item / across % problem.rows;
     column = item % across * PIXELS;
@@ -101,7 +100,7 @@ void find_neighbours(const Problem& problem, const int64_t* index, int64_t* firs
 template <typename Format, bool SCALED>
 void forward_pixels(const Problem& problem, const Forward& arguments) {
   using Element = typename Format::Element;
-  const int64_t vectors = divide_up(problem.output_channels, LANES);
+  const int64_t vectors = ceil_div(problem.output_channels, LANES);
   const int64_t items = problem.maps * problem.samples * Pixels::chunks(problem);
   const auto body = [&](int64_t begin, int64_t end) {
     auto* first = reinterpret_cast<int64_t*>(thread_scratch(2 * vectors));
@@ -297,8 +296,8 @@ template <typename Format, bool WITH_SUMS>
 void backward_pixels(const Problem& problem, const Backward& arguments) {
   using Element = typename Format::Element;
   const auto* scale = static_cast<const Element*>(arguments.scale);
-  const int64_t inputs = divide_up(problem.input_channels, LANES) * LANES;
-  const int64_t outputs = divide_up(problem.output_channels, LANES) * LANES;
+  const int64_t inputs = ceil_div(problem.input_channels, LANES) * LANES;
+  const int64_t outputs = ceil_div(problem.output_channels, LANES) * LANES;
   const auto body = [&](int64_t begin, int64_t end) {
     // Per thread: planes of grad_output | planes of the input, then of grad_input | sums | scale.
     Vec* gradients =

@@ -25,6 +25,7 @@
 #include "../dynamic_conv2d.h"
 
 #include "../parallel.h"
+#include "integers.h"
 #include "matrix.h"
 #include "vector.h"
 
@@ -35,12 +36,6 @@ constexpr int64_t TILE_COLUMNS = 96;      // at most; TILE_ROWS divides it
 constexpr int64_t TILE_FLOATS = 1 << 15;  // 128 KiB of packed pixels without the halo
 constexpr int64_t WEIGHT_GRADIENTS = 16;  // chunks that make enough work items
 constexpr int64_t GRAIN = 1 << 16;        // multiply-adds of vectors, about 10 us
-
-int64_t minimum(int64_t a, int64_t b) { return a < b ? a : b; }
-int64_t maximum(int64_t a, int64_t b) { return a > b ? a : b; }
-int64_t clamp(int64_t a, int64_t low, int64_t high) { return maximum(minimum(a, high), low); }
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 // Channels as they are packed: a product needs an even number, and more than none.
 int64_t packed_channels(int64_t channels) { return maximum(round_up(channels, 2), 2); }

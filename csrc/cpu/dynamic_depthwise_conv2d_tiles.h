@@ -3,6 +3,7 @@
 #pragma once
 
 #include "../dynamic_depthwise_conv2d.h"
+#include "integers.h"
 #include "vector.h"
 
 namespace vfmk::dynamic_depthwise_conv2d::cpu::VFMK_ISA {
@@ -15,12 +16,6 @@ constexpr int64_t TILE_COLUMNS_CHANNELS_LAST = 64;   // at most
 constexpr int64_t TILE_PIXELS_CHANNELS_LAST = 2048;  // 128 KiB of 16 lanes
 constexpr int64_t PREFETCH = 1024;                   // elements ahead, NCHW: the plane spans pages
 constexpr int64_t GRAIN = 1 << 16;                   // multiply-adds of vectors, about 10 us
-
-int64_t minimum(int64_t a, int64_t b) { return a < b ? a : b; }
-int64_t maximum(int64_t a, int64_t b) { return a > b ? a : b; }
-int64_t clamp(int64_t a, int64_t low, int64_t high) { return maximum(minimum(a, high), low); }
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 // One number for each direction: a count, or the length of a step.
 struct Pair {

@@ -18,6 +18,7 @@
 #include <cstring>
 
 #include "../parallel.h"
+#include "integers.h"
 #include "vector.h"
 
 namespace vfmk::mask_iou::cpu::VFMK_ISA {
@@ -25,10 +26,6 @@ namespace {
 
 constexpr int64_t WORD = 64;
 constexpr int TAPS = 4;
-
-int64_t minimum(int64_t a, int64_t b) { return a < b ? a : b; }
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
 
 // Where output `position` of one interpolation reads: as PyTorch computes it, in fp32.
 struct Source {
@@ -121,8 +118,8 @@ struct Tables {
   int taps;
 
   Tables(const Problem& problem, void* workspace) {
-    words = divide_up(problem.width, WORD);
-    low_words = divide_up(problem.low_width, WORD);
+    words = ceil_div(problem.width, WORD);
+    low_words = ceil_div(problem.low_width, WORD);
     char* memory = static_cast<char*>(workspace);
     const auto take = [&](int64_t size) {
       char* const taken = memory;

@@ -38,17 +38,12 @@
 namespace vfmk::rel_pos_attention::cpu::VFMK_ISA {
 namespace {
 
-constexpr float LN2 = 0.693147181f;
-
 constexpr int64_t QUERIES = 96;             // of a block, at most; TILE_ROWS and LANES divide it
 constexpr int64_t ROW = TILE_KEYS + LANES;  // of scores: runs are written in whole vectors
 constexpr int64_t CHUNK = 192;              // queries, at least
 constexpr int64_t CHUNKS = 8;               // of a window, at most
 constexpr int64_t FORWARD_TASKS = 64;       // of one parallel loop over windows that are not small
 constexpr int64_t BACKWARD_TASKS = 16;      // fewer, as each has gradients of all keys of its own
-constexpr int64_t GRAIN = 1 << 16;          // multiply-adds of vectors, about 10 us
-
-thread_local Scratch block_scratch, window_scratch;
 
 // Some queries of a window, `rows` with the zeros that fill the last register tile, and what is
 // known of them. First dimension: the query.
@@ -85,8 +80,8 @@ struct Block {
 
 // work(block) for blocks of a range of queries, one after the other.
 template <typename Work>
-void for_each_block(const Plan& plan, Range queries, const Work& work) {
-  Block block(plan, block_scratch.reserve(Block(plan, nullptr).floats));
+void for_each_block(const Plan& plan, Range queries, float* memory, const Work& work) {
+  Block block(plan, memory);
   const int64_t blocks = ceil_div(queries.size(), QUERIES);
   for (int64_t i = 0; i < blocks; ++i) {
     block.queries = queries.part(blocks, i);
@@ -137,11 +132,12 @@ void soften(const Block& block, int64_t keys) {
       const float* scores = block.scores + (q + i) * ROW;
       highest[i] = load<Float32>(scores);
       for (int64_t n = LANES; n < keys; n += LANES) {
-        highest[i] = vfmk::maximum(highest[i], load<Float32>(scores + n));
+        highest[i] = maximum(highest[i], load<Float32>(scores + n));
       }
     }
     const Vec old_top = load<Float32>(block.top + q);
-    const Vec new_top = vfmk::maximum(combine_lanes(highest, vfmk::maximum), old_top);
+    const Vec new_top =
+        maximum(combine_lanes(highest, [](Vec a, Vec b) { return maximum(a, b); }), old_top);
     store<Float32>(block.top + q, new_top);
     store<Float32>(block.factor + q, exp2(old_top - new_top));
   }
@@ -182,7 +178,8 @@ void attend(const Window& window, const Forward& arguments, const Packed& packed
   for (int64_t q = 0; q < block.queries.size(); ++q) {
     const int64_t n = block.queries.begin + q;
     const float total = sum_of_lanes(load<Float32>(block.total + q * LANES));
-    write_row<Format>(plan, block.sums + q * plan.padded_width, 1 / total, output.query(n));
+    write_row<Format>(block.sums + q * plan.padded_width, plan.head_width, 1 / total,
+                      output.query(n));
     *logsumexp.query(n) = block.top[q] * LN2 + std::log(total);
   }
 }
@@ -264,7 +261,8 @@ void write_query_gradients(const Window& window, const Backward& arguments, cons
   for (int64_t q = 0; q < block.queries.size(); ++q) {
     const int64_t n = block.queries.begin + q;
     if (arguments.grad_query) {
-      write_row<Format>(plan, block.sums + q * plan.padded_width, plan.scale, grad_query.query(n));
+      write_row<Format>(block.sums + q * plan.padded_width, plan.head_width, plan.scale,
+                        grad_query.query(n));
     }
     if (arguments.grad_relative) {
       Element* to = grad_relative.query(n);
@@ -369,7 +367,7 @@ struct Schedule {
   int64_t chunks;  // with gradients of keys of their own: the parts in backward, none in forward
   int64_t parts, group;
   int64_t grain;                // parts
-  int64_t packed;               // floats of one window
+  int64_t packed, block;        // floats of one window, of one block
   int64_t pad_sums, workspace;  // floats
 
   Schedule(const Plan& plan, bool backward) {
@@ -381,24 +379,28 @@ struct Schedule {
     const int64_t work = plan.queries * plan.padded_keys * plan.head_width / (parts * LANES);
     grain = maximum(GRAIN / ((backward ? 5 : 2) * work + 1), 1);
     packed = Packed(plan, chunks, nullptr).floats;
+    block = Block(plan, nullptr).floats;
     pad_sums = backward && plan.has_padding ? 2 * plan.windows * plan.tiles * plan.padded_width : 0;
     workspace = pad_sums + (plan.whole ? 0 : group * packed);
   }
 };
 
-// For each window pack(window, tile, packed), then work(window, part, packed), then
-// finish(window, tile, packed).
+// For each window pack(window, tile, packed), then work(window, part, packed, memory of a block),
+// then finish(window, tile, packed).
 template <typename Pack, typename Work, typename Finish>
 void for_each_window(const Plan& plan, const Schedule& schedule, float* workspace, const Pack& pack,
                      const Work& work, const Finish& finish) {
   if (plan.whole) {
     const int64_t grain = maximum(schedule.grain / schedule.parts, 1);
     return parallel_for(plan.windows, grain, [&](int64_t begin, int64_t end) {
-      const Packed packed(plan, schedule.chunks, window_scratch.reserve(schedule.packed));
+      float* memory = thread_scratch(schedule.packed + schedule.block);
+      const Packed packed(plan, schedule.chunks, memory);
       for (int64_t index = begin; index < end; ++index) {
         const Window window(plan, index);
         for (int64_t t = 0; t < plan.tiles; ++t) pack(window, t, packed);
-        for (int64_t i = 0; i < schedule.parts; ++i) work(window, i, packed);
+        for (int64_t i = 0; i < schedule.parts; ++i) {
+          work(window, i, packed, memory + schedule.packed);
+        }
         for (int64_t t = 0; t < plan.tiles; ++t) finish(window, t, packed);
       }
     });
@@ -415,7 +417,10 @@ void for_each_window(const Plan& plan, const Schedule& schedule, float* workspac
     };
     const int64_t tile_grain = maximum(GRAIN / (TILE_KEYS * plan.padded_width), 1);
     loop(plan.tiles, tile_grain, pack);
-    loop(schedule.parts, schedule.grain, work);
+    loop(schedule.parts, schedule.grain,
+         [&](const Window& window, int64_t part, const Packed& packed) {
+           work(window, part, packed, thread_scratch(schedule.block));
+         });
     loop(plan.tiles, tile_grain, finish);
   }
 }
@@ -428,10 +433,10 @@ void forward(const Plan& plan, const Forward& arguments) {
       [&](const Window& window, int64_t tile, const Packed& packed) {
         pack<Format>(window, arguments, tile, packed);
       },
-      [&](const Window& window, int64_t part, const Packed& packed) {
-        for_each_block(plan, window.queries().part(schedule.parts, part), [&](const Block& block) {
-          attend<Format>(window, arguments, packed, block);
-        });
+      [&](const Window& window, int64_t part, const Packed& packed, float* memory) {
+        for_each_block(
+            plan, window.queries().part(schedule.parts, part), memory,
+            [&](const Block& block) { attend<Format>(window, arguments, packed, block); });
       },
       [](const Window&, int64_t, const Packed&) {});
 }
@@ -447,11 +452,11 @@ void backward(const Plan& plan, const Backward& arguments) {
       [&](const Window& window, int64_t tile, const Packed& packed) {
         pack<Format>(window, arguments, tile, packed);
       },
-      [&](const Window& window, int64_t chunk, const Packed& packed) {
+      [&](const Window& window, int64_t chunk, const Packed& packed, float* memory) {
         const Range queries = window.queries().part(schedule.chunks, chunk);
         float* grad_keys = packed.grad_keys + chunk * chunk_floats;
         float* grad_values = packed.grad_values + chunk * chunk_floats;
-        for_each_block(plan, queries, [&](const Block& block) {
+        for_each_block(plan, queries, memory, [&](const Block& block) {
           differentiate<Format>(window, arguments, packed, block, grad_keys, grad_values,
                                 block.queries.begin == queries.begin);
         });

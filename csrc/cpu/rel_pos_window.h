@@ -2,28 +2,17 @@
 // storage format and padding end here. Used by rel_pos_attention.cpp alone.
 #pragma once
 
-#include <cstdlib>
 #include <cstring>
-#include <new>
 
 #include "../rel_pos_attention.h"
-#include "matrix.h"
-#include "vector.h"
+#include "attention.h"
 
 namespace vfmk::rel_pos_attention::cpu::VFMK_ISA {
 namespace {
 
-constexpr float LOG2E = 1.44269504f;
-
 constexpr int64_t TILE_KEYS = 64;   // at most
 constexpr int64_t SMALL = 1 << 15;  // floats of the keys of a window that is small
 constexpr int64_t MANY = 16;        // windows
-
-int64_t minimum(int64_t a, int64_t b) { return a < b ? a : b; }
-int64_t maximum(int64_t a, int64_t b) { return a > b ? a : b; }
-int64_t clamp(int64_t a, int64_t low, int64_t high) { return maximum(minimum(a, high), low); }
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 struct Range {
   int64_t begin, end;
@@ -112,17 +101,6 @@ Strides logsumexp_strides(const Plan& plan) {
   return {plan.heads * grid, plan.width, 1, grid};
 }
 
-// to[n][c] = row_of(n)[c], [count, padded_width]; zeros where that is null.
-template <typename Format, typename RowOf>
-void pack_rows(const Plan& plan, int64_t count, const RowOf& row_of, float* to) {
-  for (int64_t n = 0; n < count; ++n, to += plan.padded_width) {
-    const typename Format::Element* row = row_of(n);
-    for (int64_t c = 0; c < plan.padded_width; c += LANES) {
-      store<Float32>(to + c, row ? load<Format>(row + c, plan.head_width - c) : Vec{});
-    }
-  }
-}
-
 // to[c][n] = factor * row_of(n)[c], [head_width, count]; LANES divides count.
 template <typename Format, typename RowOf>
 void pack_columns(const Plan& plan, int64_t count, const RowOf& row_of, float factor, float* to) {
@@ -149,7 +127,7 @@ void pack_tokens(const Window& window, Range queries, int64_t rows, const void* 
   const auto row_of = [&](int64_t q) {
     return q < queries.size() ? tokens.query(queries.begin + q) : nullptr;
   };
-  pack_rows<Format>(window.plan, rows, row_of, to);
+  pack_rows<Format>(row_of, rows, window.plan.head_width, 1, to, window.plan.padded_width);
 }
 
 // Biases of some queries for every row of keys, then for every column, times log2(e): [rows,
@@ -173,13 +151,6 @@ void pack_bias(const Window& window, Range queries, int64_t rows, const void* re
   std::memset(to, 0, (rows - queries.size()) * plan.bias_row * sizeof(float));
 }
 
-template <typename Format>
-void write_row(const Plan& plan, const float* row, float factor, typename Format::Element* to) {
-  for (int64_t c = 0; c < plan.head_width; c += LANES) {
-    store<Format>(to + c, load<Float32>(row + c) * factor, plan.head_width - c);
-  }
-}
-
 // `count` numbers at to[before], and zeros around them in to[0] to to[total - 1].
 template <typename Format>
 void write_run(const float* from, int64_t count, int64_t before, int64_t total,
@@ -192,18 +163,6 @@ void write_run(const float* from, int64_t count, int64_t before, int64_t total,
   total -= before;
   for (int64_t n = count; n < total; n += LANES) store<Format>(to + n, Vec{}, total - n);
 }
-
-// Hands out parts of a piece of memory; of none, only adds them up.
-struct Memory {
-  float* data;
-  int64_t floats = 0;
-
-  float* take(int64_t wanted) {
-    float* part = data == nullptr ? nullptr : data + floats;
-    floats += round_up(wanted, 16);
-    return part;
-  }
-};
 
 // Keys and values of one window. Columns are [tile][head_width][keys of the tile], and those of the
 // keys come times scale * log2(e); rows are [padded_keys][padded_width]. In backward also the sums
@@ -248,34 +207,18 @@ void pack(const Window& window, const Arguments& arguments, int64_t index, const
   const auto value = row_of(arguments.value, plan.value, arguments.pad_value);
   const int64_t columns = tile.begin * plan.head_width, rows = tile.begin * plan.padded_width;
   pack_columns<Format>(plan, tile.size(), key, plan.scale * LOG2E, packed.key_columns + columns);
-  if (packed.value_rows) pack_rows<Format>(plan, tile.size(), value, packed.value_rows + rows);
-  if (packed.key_rows) pack_rows<Format>(plan, tile.size(), key, packed.key_rows + rows);
+  if (packed.value_rows) {
+    pack_rows<Format>(value, tile.size(), plan.head_width, 1, packed.value_rows + rows,
+                      plan.padded_width);
+  }
+  if (packed.key_rows) {
+    pack_rows<Format>(key, tile.size(), plan.head_width, 1, packed.key_rows + rows,
+                      plan.padded_width);
+  }
   if (packed.value_columns) {
     pack_columns<Format>(plan, tile.size(), value, 1, packed.value_columns + columns);
   }
 }
-
-// One thread's memory. It grows to the largest call and lives as long as the thread; it starts as
-// zeros, so that lanes on which no result depends are never uninitialised.
-struct Scratch {
-  float* data = nullptr;
-  int64_t floats = 0;
-
-  float* reserve(int64_t wanted) {
-    if (wanted > floats) {
-      std::free(data);
-      floats = wanted;
-      data = static_cast<float*>(std::aligned_alloc(64, round_up(floats * sizeof(float), 64)));
-      if (data == nullptr) {
-        floats = 0;
-        throw std::bad_alloc();
-      }
-      std::memset(data, 0, floats * sizeof(float));
-    }
-    return data;
-  }
-  ~Scratch() { std::free(data); }
-};
 
 }  // namespace
 }  // namespace vfmk::rel_pos_attention::cpu::VFMK_ISA
