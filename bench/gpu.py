@@ -9,6 +9,7 @@ sizes, and keeps no result.
 
 import argparse
 import datetime
+import functools
 import json
 import os
 import signal
@@ -50,7 +51,9 @@ def main() -> None:
 
 def run(command: list[str], seconds: float, **options: Any) -> subprocess.CompletedProcess[str]:
     """Run a command in the root; past `seconds` it is interrupted, then killed, and has failed."""
-    process = subprocess.Popen(command, cwd=ROOT, text=True, **options)
+    # A shell starts what it puts in the background deaf to interrupts, and children inherit that.
+    hear = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, cwd=ROOT, text=True, preexec_fn=hear, **options)
     try:
         output, errors = process.communicate(timeout=seconds)
         return subprocess.CompletedProcess(command, process.returncode, output, errors)

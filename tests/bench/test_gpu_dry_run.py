@@ -1,10 +1,13 @@
 """The one command for a machine with a GPU goes through, as far as a CPU can show."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+import pytest
 
 from bench import gpu
 
@@ -30,18 +33,26 @@ def test_a_failed_stage_is_named():
     assert "bench.gpu: failed: tests, bench" in finished.stderr
 
 
-def test_a_stage_that_takes_too_long_is_stopped(capfd):
-    """Interrupted, it may still say what it has; its exit status 0 does not count."""
+@pytest.mark.parametrize("handler", [signal.default_int_handler, signal.SIG_IGN])
+def test_a_stage_that_takes_too_long_is_stopped(capfd, handler):
+    """Interrupted, it may still say what it has; its exit status 0 does not count.
+
+    Also under a shell that ignores interrupts, as it does in the background.
+    """
     script = """
 import time
 try:
     print("started", flush=True)
     time.sleep(60)
 except KeyboardInterrupt:
-    print("kept")
+    print("kept", flush=True)
 """
-    start = time.monotonic()
-    finished = gpu.run([sys.executable, "-c", script], 3, stdout=subprocess.PIPE)
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        start = time.monotonic()
+        finished = gpu.run([sys.executable, "-c", script], 3, stdout=subprocess.PIPE)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert time.monotonic() - start < 30
     assert finished.returncode != 0
     assert finished.stdout.split() == ["started", "kept"]

@@ -55,4 +55,4 @@ def test_demo_names_what_is_wrong_with_the_data(tmp_path, kind):
     )
     assert finished.returncode != 0
     assert "Traceback" not in finished.stderr
-    assert ("data is not a folder" if kind == "missing" else "lonely.jpg") in finished.stderr
+    assert ("data does not exist" if kind == "missing" else "lonely.jpg") in finished.stderr

@@ -169,6 +169,51 @@ def test_wrapped_qkv(sam):
     assert attention.qkv.shift.grad is not None
 
 
+@pytest.mark.parametrize("register", ["register_forward_pre_hook", "register_forward_hook"])
+def test_hooks_on_qkv(sam, register):
+    """Values that a hook changes are changed in the padding too."""
+    images = random_images(1, 3, 128, 128)
+    for block in sam.image_encoder.blocks:
+        getattr(block.attn.qkv, register)(
+            lambda module, inputs, *output: (output or inputs)[0] * 0.5 + 0.25
+        )
+    before = sam.image_encoder(images)
+    vfmk.accelerate(sam)
+    assert relative_error(sam.image_encoder(images), before) < FP32_LIMIT
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision(sam, dtype):
+    """A whole Sam, cast: no farther from float64 than 1.5 times SAM's own way, with gradients."""
+    images = random_images(1, 3, 128, 128, dtype=dtype)
+    sam.to(dtype)
+    truth = gradients(copy.deepcopy(sam.image_encoder).double(), images.double())
+    theirs = gradients(sam.image_encoder, images)
+    ours = gradients(vfmk.accelerate(sam).image_encoder, images)
+    assert ours["output"].dtype == dtype
+
+    def error(results: dict[str, torch.Tensor]) -> float:
+        return max(relative_error(results[name], true) for name, true in truth.items())
+
+    assert relative_error(ours["output"], truth["output"]) <= 1.5 * relative_error(
+        theirs["output"], truth["output"]
+    )
+    assert error(ours) <= 1.5 * error(theirs)
+
+
+def test_compiled_by_inductor():
+    """Code that relies on the strides that the operators promise."""
+    torch.manual_seed(0)
+    eager = with_tables(Block(48, 3, use_rel_pos=True, window_size=7, input_size=(16, 9)))
+    block, x = fused(eager), random_images(2, 16, 9, 48)
+    expected = gradients(block, x)
+    compiled = gradients(torch.compile(block, fullgraph=True), x)
+    compiled = {name.removeprefix("_orig_mod."): tensor for name, tensor in compiled.items()}
+    assert compiled.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert relative_error(compiled[name], tensor) <= FP32_LIMIT, name
+
+
 def test_autocast_compile_and_checkpointing(sam):
     images = random_images(1, 3, 128, 128)
     expected = vfmk.accelerate(sam).image_encoder(images)
@@ -185,6 +230,34 @@ def test_autocast_compile_and_checkpointing(sam):
     cotangent = torch.randn(output.shape, generator=generator, dtype=torch.float64)
     output.backward(cotangent.float())
     assert relative_error(x.grad, plain["input"]) < FP32_LIMIT
+
+
+class ForeignEncoder(ImageEncoderViT):
+    pass
+
+
+class ForeignBlock(Block):
+    pass
+
+
+class ForeignAttention(Attention):
+    pass
+
+
+@pytest.mark.parametrize("foreign", [ForeignEncoder, ForeignBlock, ForeignAttention])
+def test_keeps_foreign_code(sam, foreign):
+    """A subclass may compute something else, and would be a plain SAM class after `restore`."""
+    encoder = sam.image_encoder
+    module, named = {
+        ForeignEncoder: (encoder, "the encoder is ForeignEncoder"),
+        ForeignBlock: (encoder.blocks[1], "block 1 is ForeignBlock"),
+        ForeignAttention: (encoder.blocks[2].attn, "block 2's attn is ForeignAttention"),
+    }[foreign]
+    module.__class__ = foreign
+    with pytest.raises(ValueError, match=f"^accelerate: not SAM's own classes: {named}$"):
+        vfmk.accelerate(sam)
+    assert type(module) is foreign
+    assert {type(m) for m in (encoder, *encoder.blocks)} <= {ImageEncoderViT, Block, foreign}
 
 
 def test_refuses_by_name(sam):

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from segment_anything.modeling import Sam
+    from segment_anything.modeling.transformer import Attention
 
 
 class Prompted(NamedTuple):
@@ -159,7 +160,7 @@ class _Attention:
     Rows of [K, heads·T, …] are ordered by head, then token.
     """
 
-    def __init__(self, attention: nn.Module) -> None:
+    def __init__(self, attention: "Attention") -> None:
         self.attention = attention
         self.heads = attention.num_heads
         self.scale = (attention.internal_dim // attention.num_heads) ** -0.5
@@ -221,4 +222,6 @@ def _affine(module: nn.Module, width: int) -> tuple[Tensor, Tensor]:
 def _as_linear(convolution: nn.ConvTranspose2d) -> tuple[Tensor, Tensor]:
     """Weight [4·out, in] and bias of a 2×2 transposed convolution at stride 2; rows (y, x, out)."""
     weight = convolution.weight.permute(2, 3, 1, 0).flatten(0, 2)
-    return weight, convolution.bias.repeat(4)
+    bias = convolution.bias
+    assert bias is not None  # as SAM makes them
+    return weight, bias.repeat(4)

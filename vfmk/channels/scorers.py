@@ -79,11 +79,12 @@ class SamScorer:
     @torch.no_grad()
     def scores(self, prepared: _Image, overwritten: Tensor, read: Tensor) -> Tensor:
         logits = self.decoder.logits(prepared.prompted, overwritten, read)
+        height, width = prepared.target.shape
         return ops.mask_iou(
             logits,
             prepared.target,
             prepared.input_size,
-            tuple(prepared.target.shape),
+            (height, width),
             self.sam.image_encoder.img_size,
             threshold=self.sam.mask_threshold,
         )

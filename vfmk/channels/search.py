@@ -437,7 +437,9 @@ def _digest(items: Iterable[tuple[str, Any]]) -> str:
         if isinstance(value, str | int | float):
             digest.update(repr(value).encode())
         elif isinstance(value, Tensor):
-            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+            digest.update(
+                value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+            )
         elif hasattr(value, "tobytes"):
             digest.update(value.tobytes())
     return digest.hexdigest()

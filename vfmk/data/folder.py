@@ -28,7 +28,6 @@ from torchvision import tv_tensors
 from vfmk.data.dataset import (
     DataError,
     Item,
-    Record,
     Target,
     TaskName,
     check_same_size,
@@ -105,7 +104,7 @@ def masked_images(
     task: TaskName,
     skipped: list[str] | None,
     classes: Sequence[str] | None = None,
-) -> tuple[list[Record], list[str]]:
+) -> tuple[list[MaskedImage], list[str]]:
     """Records and class names. Reads every mask once, to learn what its values mean.
 
     Raises:

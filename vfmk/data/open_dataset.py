@@ -91,7 +91,7 @@ def _records(
     split: str | None,
     skipped: list[str] | None,
     classes: Sequence[str] | None,
-) -> tuple[list[Record], list[str]]:
+) -> tuple[Sequence[Record], list[str]]:
     if path.suffix == ".jsonl":
         return masked_images(pairs_of_manifest(path, split, skipped), task, skipped, classes)
     if path.suffix == ".json":

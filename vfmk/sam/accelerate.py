@@ -22,15 +22,21 @@ def accelerate(model: Model) -> Model:
     backward. The encoder then takes images of any size that its patches divide: position
     embeddings are interpolated (bicubic), relative positions too (linear, as SAM does).
 
+    Where the grid ends within a window, SAM attends to qkv of zero tokens: its bias. A `qkv` that
+    is wrapped or has hooks is asked for it, by a second call on one zero token.
+
     Raises:
         TypeError: `model` is none of these.
-        ValueError: it is accelerated already, or has attention without relative position.
+        ValueError: it is accelerated already, has attention without relative position, or its
+            encoder, a block or an attention is of a subclass, whose code would not run.
     """
     from vfmk.sam import block
 
     encoder = encoder_of("accelerate", model)
     if block.is_fused(encoder):
         raise ValueError("accelerate: the model is accelerated already")
+    if foreign := block.foreign_classes(encoder):
+        raise ValueError(f"accelerate: not SAM's own classes: {', '.join(foreign)}")
     without = [i for i, b in enumerate(encoder.blocks) if not b.attn.use_rel_pos]
     if without:
         raise ValueError(f"accelerate: blocks {without} have no relative position")

@@ -5,6 +5,7 @@ attributes the wrapper then passes on. Here both are seen through, without impor
 """
 
 import hashlib
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -66,12 +67,17 @@ def fingerprint(sam: "Sam") -> str:
 
     Values are rounded to bfloat16 first, so a model cast from float32 to bfloat16 is the same base.
     """
+    own = base_tensors(sam).items()
+    return fingerprint_of({name: tensor for name, tensor in own if name.startswith(PARTS)})
+
+
+def fingerprint_of(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names, shapes and values; values are rounded to bfloat16 first."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(base_tensors(sam).items()):
-        if name.startswith(PARTS):
-            digest.update(f"{name}{list(tensor.shape)}".encode())
-            rounded = tensor.detach().to("cpu", torch.bfloat16).contiguous()
-            digest.update(rounded.flatten().view(torch.uint8).numpy().data)
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name}{list(tensor.shape)}".encode())
+        rounded = tensor.detach().to("cpu", torch.bfloat16).contiguous()
+        digest.update(rounded.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

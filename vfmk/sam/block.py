@@ -21,7 +21,11 @@ from vfmk.nn.vfm_adapter import VFMAdapterStack
 
 
 class FusedAttention(Attention):
-    """Attention on the whole, unpadded grid, in windows of `_window_size` (0: global)."""
+    """Attention on the whole, unpadded grid, in windows of `_window_size` (0: global).
+
+    Where the grid ends within a window, SAM pads with zero tokens, and what they attend with is
+    the bias of `qkv`. A wrapped or hooked `qkv` is called a second time, on one zero token.
+    """
 
     _window_size: int
 
@@ -45,7 +49,7 @@ class FusedAttention(Attention):
         """What SAM's zero-padded tokens become: qkv of zero, [3·C]."""
         if x.shape[1] % window[0] == 0 and x.shape[2] % window[1] == 0:
             return qkv.new_zeros(qkv.shape[-1])
-        if type(self.qkv) is nn.Linear and self.qkv.bias is not None:
+        if _is_plain_linear(self.qkv) and self.qkv.bias is not None:
             return self.qkv.bias
         return self.qkv(x.new_zeros(1, x.shape[-1]))[0]  # wrapped, by peft for example
 
@@ -105,6 +109,11 @@ class AcceleratedEncoder(ImageEncoderViT):
         for block in self.blocks:
             x = block(x)
         return self.neck(x.permute(0, 3, 1, 2))
+
+
+def _is_plain_linear(module: nn.Module) -> bool:
+    """Whether the module is its weight and bias alone: no subclass, no hook on its values."""
+    return type(module) is nn.Linear and not (module._forward_pre_hooks or module._forward_hooks)
 
 
 def _resized(pos_embed: Tensor, grid_size: tuple[int, int]) -> Tensor:
@@ -167,6 +176,19 @@ def is_fused(encoder: ImageEncoderViT) -> bool:
 
 def is_adapted(encoder: ImageEncoderViT) -> bool:
     return any("_adapters" in vars(block) for block in encoder.blocks)
+
+
+def foreign_classes(encoder: ImageEncoderViT) -> list[str]:
+    """The encoder, blocks and attentions that compute by code of their own, as "block 0 is X"."""
+    found = []
+    if type(encoder) is not ImageEncoderViT:
+        found.append(f"the encoder is {type(encoder).__name__}")
+    for index, block in enumerate(encoder.blocks):
+        if not is_known(block):
+            found.append(f"block {index} is {type(block).__name__}")
+        if type(block.attn) is not Attention:
+            found.append(f"block {index}'s attn is {type(block.attn).__name__}")
+    return found
 
 
 def is_known(block: Block) -> bool:

@@ -21,7 +21,7 @@ from torch.utils.data import Subset
 from vfmk._files import write_whole
 from vfmk.data.dataset import TaskName
 from vfmk.sam.adapt import AdaptedSam
-from vfmk.sam.adapter_file import fingerprint
+from vfmk.sam.base import fingerprint_of
 from vfmk.tasks import pictures
 from vfmk.tasks.build import ModelConfig, build_task, trainable
 from vfmk.tasks.task import Task
@@ -198,7 +198,7 @@ def _seeded_task(model: ModelConfig, classes: list[str], seed: int) -> Task:
 def _frozen(task: Task) -> str:
     """Fingerprint of the weights that a checkpoint leaves out."""
     trained = trainable(task).keys()
-    return fingerprint({k: v for k, v in task.state_dict().items() if k not in trained})
+    return fingerprint_of({k: v for k, v in task.state_dict().items() if k not in trained})
 
 
 def _transform(task: TaskName, size: int, train: bool) -> Callable[..., Any]:
