@@ -451,7 +451,7 @@ def _generator() -> torch.Generator:
 
 def _blocks(items: Items, size: int) -> Iterator[Items]:
     for begin in range(0, len(items), size):
-        yield items[begin : begin + size]
+        yield items[begin : begin + size]  # type: ignore[misc]  # a slice is of the same type
 
 
 def _summed(tensor: Tensor) -> Tensor:
