@@ -377,10 +377,8 @@ def forward(
 ) -> None:
     """Write output [B, N, r] and log_sum_exp [B, heads, N], natural and in fp32.
 
-    All are dense but the input, whose last dimension is.
+    All are dense but the input, whose last dimension is. None is empty.
     """
-    if not input.numel():
-        return
     batch, tokens, rank = input.shape
     tile = _tile("forward", input, batch * num_heads)
     with torch.cuda.device_of(input):
@@ -408,11 +406,6 @@ def backward(
     grad_bias: Tensor | None,
 ) -> None:
     """Write those of grad_input, grad_weight and grad_bias that are not None."""
-    if not input.numel():
-        for grad in (grad_weight, grad_bias):
-            if grad is not None:
-                grad.zero_()
-        return
     if grad_input is grad_weight is grad_bias is None:
         return
     batch, tokens, rank = input.shape

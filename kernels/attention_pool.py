@@ -235,14 +235,10 @@ def forward(
 ) -> None:
     """Write output [B, M, D] and log_sum_exp [B, M], natural and in fp32.
 
-    All are dense but the tokens, whose last dimension is.
+    All are dense but the tokens, whose last dimension is. None is empty.
     """
     batch, count, width = tokens.shape
     queries_count = queries.shape[0]
-    if not tokens.numel() or not queries.numel():
-        output.zero_()
-        log_sum_exp.fill_(math.log(count) if count else -math.inf)
-        return
     cut = _cut(tokens, queries)
     means, exponents = output, log_sum_exp
     if cut.parts > 1:
@@ -277,12 +273,7 @@ def backward(
     grad_queries: Tensor | None,
 ) -> None:
     """Write those of grad_tokens and grad_queries that are not None."""
-    wanted = [grad for grad in (grad_tokens, grad_queries) if grad is not None]
-    if not tokens.numel() or not queries.numel():
-        for grad in wanted:
-            grad.zero_()
-        return
-    if not wanted:
+    if grad_tokens is grad_queries is None:
         return
     batch, count, width = tokens.shape
     queries_count = queries.shape[0]

@@ -1,4 +1,37 @@
-"""Attention inside windows of a token grid, with decomposed relative position, in Triton."""
+"""Attention inside windows of a token grid, with decomposed relative position, in Triton.
+
+With r_i the product of a query with its distance to key row i and c_j to key column j (`relative`
+holds them for all distances), and each window attending within itself:
+
+    p_ij = softmax over (i, j) of scale * q . k_ij + r_i + c_j    output = sum of p_ij v_ij
+
+The gradient, with ds_ij = p_ij (dout . v_ij - dout . output):
+
+    dq = scale * sum of ds_ij k_ij    dk_ij = scale * sum over queries of ds_ij q
+    dr_i = sum over j of ds_ij        dc_j = sum over i of ds_ij
+    dv_ij = sum over queries of p_ij dout
+
+Mapping. A tile is a rectangle of a window's tokens, so that the bias of a tile of scores is two
+slim matrices, and nothing of N x N is stored. Head widths are two powers of two.
+`_forward`: a program for each tile of queries, head and batch item walks over the window's keys by
+columns of tiles, then down them; queries, the running maximum, the sum of weights and the weighted
+sum of values stay in registers, the bias of the tile's columns too.
+`_backward_prepare`: a program for each 32 tokens and head: dout . output, and the bias of each
+query for each row, less its log-sum-exp, and each column, laid out as the next two read it.
+`_backward_queries`: the programs of `_forward`. Queries, dout and the sum for dq stay in registers,
+and dc of the columns of tiles at hand; dr leaves for memory as each tile is done with it.
+`_backward_keys`: a program for each tile of keys walks over the window's queries; keys, values and
+the sums for dk and dv stay in registers. What stands in for keys beyond the grid leaves one sum for
+each program, in fp32, and one torch sum adds them up.
+`_backward_relative`: turns dr and dc into the gradient of `relative`.
+No atomics, and the same bits on each run.
+
+Floor, for T = B * heads * H * W tokens of s bytes an element, windows of n = rows * columns.
+Forward: 4Tds bytes, T(2 rows + 2 columns)s of `relative`, 4Tnd FLOP, Tn exponentials; keys and
+values are re-read through L2, once for each tile of queries. Backward: 8Tds bytes, `relative` twice
+more, T(rows + columns) numbers between the kernels, written once and read twice, 14Tnd FLOP, 2Tn
+exponentials.
+"""
 
 import math
 from collections.abc import Sequence
@@ -108,15 +141,26 @@ def _load_or_pad(
 
 
 @triton.jit
+def _present(parts, exists):
+    """Zero in place of the tokens that do not exist."""
+    present = (tl.where(exists[:, None], parts[0], 0),)
+    if len(parts) > 1:
+        present = present + (tl.where(exists[:, None], parts[1], 0),)
+    return present
+
+
+@triton.jit
 def _load_walked(
     tensor, narrow, strides, pad, batch, head, top, left, row, column, rows, columns,
     HEAD_WIDTH: tl.constexpr, WIDE: tl.constexpr, NARROW: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, MASKED: tl.constexpr, BOXES: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, MASKED: tl.constexpr,
+    WINDOWS: tl.constexpr, BOXES: tl.constexpr,
 ):  # fmt: skip
     """A tile of the tokens that a kernel walks over, at (row, column) of the window.
 
     With BOXES, `tensor` and `narrow` are descriptors of both parts: the tensor memory accelerator
     fetches them, zero beyond the grid. Otherwise `tensor` points to the window's first token.
+    Tokens of the next window are zero: their weight is, but zero times NaN is not.
     """
     if BOXES:
         box = tensor.load([batch, head, top + row, left + column, 0])
@@ -124,6 +168,9 @@ def _load_walked(
         if NARROW > 0:
             box = narrow.load([batch, head, top + row, left + column, WIDE])
             parts = parts + (tl.reshape(box, [ROWS * COLUMNS, NARROW]),)
+        if WINDOWS and MASKED:
+            _, _, exists = _tokens(row, column, rows, columns, ROWS, COLUMNS, MASKED)
+            parts = _present(parts, exists)
     else:
         y, x, exists = _tokens(row, column, rows, columns, ROWS, COLUMNS, MASKED)
         tensor += tl.cast(row, tl.int64) * strides[1] + tl.cast(column, tl.int64) * strides[2]
@@ -195,7 +242,7 @@ def _store(tensor, offsets, exists, parts, HEAD_WIDTH: tl.constexpr):
 
 @triton.jit(do_not_specialize=_SIZES)
 def _forward(
-    query, key, key_narrow, value, value_narrow, relative, pad_key, pad_value, output, logsumexp,
+    query, key, key_narrow, value, value_narrow, relative, pad_key, pad_value, output, log_sum_exp,
     query_strides, key_strides, value_strides, relative_strides, output_strides,
     heads, height, width, window_height, window_width, scale,
     HEAD_WIDTH: tl.constexpr, WIDE: tl.constexpr, NARROW: tl.constexpr, PRECISION: tl.constexpr,
@@ -255,12 +302,13 @@ def _forward(
                 height_bias = tl.where(i < window_height, height_bias, float("-inf"))
             keys = _load_walked(
                 key, key_narrow, key_strides, pad_key, batch, head, top, left, key_row, first,
-                rows, columns, HEAD_WIDTH, WIDE, NARROW, KEY_ROWS, KEY_COLUMNS, MASK_KEYS, BOXES,
+                rows, columns, HEAD_WIDTH, WIDE, NARROW, KEY_ROWS, KEY_COLUMNS, MASK_KEYS,
+                WINDOWS, BOXES,
             )  # fmt: skip
             values = _load_walked(
                 value, value_narrow, value_strides, pad_value, batch, head, top, left, key_row,
                 first, rows, columns, HEAD_WIDTH, WIDE, NARROW, KEY_ROWS, KEY_COLUMNS, MASK_KEYS,
-                BOXES,
+                WINDOWS, BOXES,
             )  # fmt: skip
             scores = _products(queries, keys, PRECISION)
             scores = tl.reshape(scores, [QUERIES, KEY_ROWS, KEY_COLUMNS])
@@ -277,14 +325,14 @@ def _forward(
     output += _first(output_strides, batch, top + row, left + column, head)
     offsets = y * output_strides[1] + x * output_strides[2]
     _store(output, offsets, exists, _scaled(sums, 1 / total[:, None]), HEAD_WIDTH)
-    logsumexp += (batch * heads + head).to(tl.int64) * height * width
+    log_sum_exp += (batch * heads + head).to(tl.int64) * height * width
     offsets = (top + row + y) * width + left + column + x
-    tl.store(logsumexp + offsets, (maximum + tl.log2(total)) * _LN2, mask=exists)
+    tl.store(log_sum_exp + offsets, (maximum + tl.log2(total)) * _LN2, mask=exists)
 
 
 @triton.jit(do_not_specialize=_SIZES)
 def _backward_prepare(
-    grad_output, output, relative, logsumexp, height_terms, width_terms, delta,
+    grad_output, output, relative, log_sum_exp, height_terms, width_terms, delta,
     grad_output_strides, output_strides, relative_strides,
     heads, height, width, window_height, window_width,
     HEAD_WIDTH: tl.constexpr, CHANNELS: tl.constexpr,
@@ -312,7 +360,7 @@ def _backward_prepare(
     grad = tl.load(grad_output + (offsets[:, None] + channel), mask=both, other=0)
     tl.store(delta + plane * tokens + token, tl.sum(grad.to(tl.float32) * out, 1), mask=exists)
 
-    less = tl.load(logsumexp + plane * tokens + token, mask=exists, other=0) * _LOG2E
+    less = tl.load(log_sum_exp + plane * tokens + token, mask=exists, other=0) * _LOG2E
     relative += _first(relative_strides, batch, 0, 0, head)
     offsets = y.to(tl.int64) * relative_strides[1] + x.to(tl.int64) * relative_strides[2]
     above = relative + (offsets + (window_height - 1 - y % window_height))[None, :]
@@ -402,12 +450,13 @@ def _backward_queries(
                 height_bias = tl.where(i < window_height, height_bias, float("-inf"))
             keys = _load_walked(
                 key, key_narrow, key_strides, pad_key, batch, head, top, left, key_row, first,
-                rows, columns, HEAD_WIDTH, WIDE, NARROW, KEY_ROWS, KEY_COLUMNS, MASK_KEYS, BOXES,
+                rows, columns, HEAD_WIDTH, WIDE, NARROW, KEY_ROWS, KEY_COLUMNS, MASK_KEYS,
+                WINDOWS, BOXES,
             )  # fmt: skip
             values = _load_walked(
                 value, value_narrow, value_strides, pad_value, batch, head, top, left, key_row,
                 first, rows, columns, HEAD_WIDTH, WIDE, NARROW, KEY_ROWS, KEY_COLUMNS, MASK_KEYS,
-                BOXES,
+                WINDOWS, BOXES,
             )  # fmt: skip
             scores = _products(queries, keys, PRECISION)
             scores = tl.reshape(scores, [QUERIES, KEY_ROWS, KEY_COLUMNS])
@@ -508,12 +557,12 @@ def _backward_keys(
             queries = _load_walked(
                 query, query_narrow, query_strides, None, batch, head, top, left, query_row, first,
                 rows, columns, HEAD_WIDTH, WIDE, NARROW, QUERY_ROWS, QUERY_COLUMNS, MASK_QUERIES,
-                BOXES,
+                WINDOWS, BOXES,
             )  # fmt: skip
             grads = _load_walked(
                 grad_output, grad_output_narrow, grad_output_strides, None, batch, head, top, left,
                 query_row, first, rows, columns, HEAD_WIDTH, WIDE, NARROW, QUERY_ROWS,
-                QUERY_COLUMNS, MASK_QUERIES, BOXES,
+                QUERY_COLUMNS, MASK_QUERIES, WINDOWS, BOXES,
             )  # fmt: skip
             scores = _products(keys, queries, PRECISION)
             scores = tl.reshape(scores, [KEY_ROWS, KEY_COLUMNS, QUERIES])
@@ -582,9 +631,11 @@ def _backward_relative(
         i = position - (window_height - 1 - y % window_height)[None, :]
         present = exists & (i >= 0) & (i < window_height)
         total = tl.zeros([BLOCK_POSITIONS, BLOCK_TOKENS], tl.float32)
-        for block in range(KEY_BLOCKS):
-            offsets = (block * window_height + i) * tokens + token[None, :]
-            total += tl.load(grad_heights + offsets, mask=present, other=0)
+        of_block = grad_heights
+        for _ in range(KEY_BLOCKS):
+            offsets = i * tokens + token[None, :]
+            total += tl.load(of_block + offsets, mask=present, other=0)
+            of_block += window_height * tokens
         tl.store(grad_relative + position, total, mask=exists & (position < heights))
     for first in range(0, widths, BLOCK_POSITIONS):
         position = (first + tl.arange(0, BLOCK_POSITIONS))[:, None]
@@ -760,17 +811,24 @@ def _plan(
     return _Plan((windows * math.prod(blocks(own)), heads, batch), arguments, options)
 
 
-def not_supported(query: Tensor) -> str:
+def not_supported(query: Tensor, window_size: Sequence[int]) -> str:
     """Why query [B, H, W, heads, d] and what belongs to it cannot run here, or ""."""
     batch, height, width, heads, head_width = query.shape
     if query.dtype not in _DTYPES:
         return f"dtype is {query.dtype}, not float32, float16 or bfloat16"
     if head_width > _WIDEST_HEAD:
         return f"head width {head_width} is above {_WIDEST_HEAD}"
-    if max(batch, heads) >= 2**16:
+    if max(batch, heads) >= 2**16 or batch * heads >= 2**31:
         return f"a batch of {batch} with {heads} heads is too large for one grid"
-    if height * width * max(height, width) >= 2**31:
-        return f"a grid of {height} x {width} tokens is too large"
+    # Offsets within a head's bias, and from a tile's first token to its last, have 32 bits.
+    most_rows = _MOST_OWN // min(16, triton.next_power_of_2(window_size[1]))
+    widest = max(head_width, 2 * sum(window_size) - 2)  # of the numbers of a query
+    across_tile = (most_rows * width + _MOST_OWN) * heads * widest
+    if max(height * width * max(window_size), across_tile) >= 2**31:
+        return (
+            f"a grid of {height} x {width} tokens in windows of"
+            f" {window_size[0]} x {window_size[1]}, with {heads} heads, is too large"
+        )
     return ""
 
 
@@ -784,9 +842,9 @@ def forward(
     window_size: Sequence[int],
     scale: float,
     output: Tensor,
-    logsumexp: Tensor,
+    log_sum_exp: Tensor,
 ) -> None:
-    """Write output and logsumexp [B, heads, H, W], natural and with the bias in it."""
+    """Write output and log_sum_exp [B, heads, H, W], natural and with the bias in it."""
     if not query.numel():
         return
     _, height, width, heads, _ = query.shape
@@ -794,7 +852,7 @@ def forward(
     with torch.cuda.device_of(query):
         plan = _plan("forward", query, window_size, pad_key is not None, (key, value))
         _forward[plan.grid](
-            *(query, *plan.walked, relative, pad_key, pad_value, output, logsumexp),
+            *(query, *plan.walked, relative, pad_key, pad_value, output, log_sum_exp),
             *(_strides(tensor) for tensor in (query, key, value, relative, output)),
             *(heads, height, width, *window_size, scale),
             **plan.options,
@@ -810,7 +868,7 @@ def backward(
     pad_key: Tensor | None,
     pad_value: Tensor | None,
     output: Tensor,
-    logsumexp: Tensor,
+    log_sum_exp: Tensor,
     window_size: Sequence[int],
     scale: float,
     grad_query: Tensor | None,
@@ -848,7 +906,7 @@ def backward(
     }
     with torch.cuda.device_of(query):
         _backward_prepare[token_blocks](
-            *(grad_output, output, relative, logsumexp, height_terms, width_terms, delta),
+            *(grad_output, output, relative, log_sum_exp, height_terms, width_terms, delta),
             *(_strides(tensor) for tensor in (grad_output, output, relative)),
             *sizes,
             HEAD_WIDTH=head_width,

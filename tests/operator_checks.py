@@ -114,6 +114,30 @@ def check_deterministic(call: Call, args: tuple[Tensor | None, ...]) -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+def check_cotangents(call: Call, args: tuple[Tensor | None, ...]) -> None:
+    """Strides of zero, as `.sum(dim)` gives them, and slices of what is wider and NaN: the same
+    bits as for a dense copy."""
+    leaves = [None if arg is None else preserving_leaf(arg) for arg in args]
+    inputs = [leaf for leaf in leaves if leaf is not None]
+    output = call(*leaves)
+    dense = torch.randn(output.shape, generator=torch.Generator().manual_seed(0))
+    dense = dense.to(output.device, output.dtype)
+    cotangents = [
+        dense.narrow(dim, 0, 1).expand_as(dense) for dim, size in enumerate(dense.shape) if size > 1
+    ]
+    cotangents.append(dense.new_tensor(0.5).expand_as(dense))
+    for step in (1, 2):
+        wider = dense.new_full([step * size + 2 for size in dense.shape], torch.nan)
+        cotangents.append(wider[tuple(slice(1, -1, step) for _ in dense.shape)].copy_(dense))
+    for cotangent in cotangents:
+        ours, expected = (
+            torch.autograd.grad(output, inputs, grad, retain_graph=True)
+            for grad in (cotangent, cotangent.contiguous())
+        )
+        for one, other in zip(ours, expected, strict=True):
+            assert torch.equal(one, other), cotangent.stride()
+
+
 def check_threads(call: Call, args: tuple[Tensor | None, ...], limit: float = 0.0) -> None:
     """The same bits with one thread as with two; or within `limit`, where torch computes a part."""
     before = torch.get_num_threads()
@@ -214,10 +238,19 @@ def check_export(call: Call, args: tuple[Tensor | None, ...]) -> None:
 
 
 def check_autocast(call: Call, args: tuple[Tensor | None, ...], dtype: torch.dtype) -> None:
-    """Under autocast the result is in its dtype, and gradients in the arguments' own."""
+    """Under autocast the result is in its dtype, and gradients in the arguments' own; after a
+    forward outside it, backward within it is as outside."""
     device = args[0].device.type
     with torch.autocast(device, dtype):
         output, *gradients = value_and_gradients(call, args)
     lower = tuple(None if arg is None else arg.to(dtype) for arg in args)
     assert torch.equal(output, call(*lower))
     assert all(gradient.dtype == args[0].dtype for gradient in gradients)
+
+    leaves = [None if arg is None else preserving_leaf(arg) for arg in args]
+    inputs = [leaf for leaf in leaves if leaf is not None]
+    output = call(*leaves)
+    outside = torch.autograd.grad(output.square().sum(), inputs, retain_graph=True)
+    with torch.autocast(device, dtype):
+        within = torch.autograd.grad(output.square().sum(), inputs)
+    assert all(torch.equal(one, other) for one, other in zip(within, outside, strict=True))

@@ -189,16 +189,17 @@ def module(
 
     def load() -> dict[str, Callable[..., Any]]:
         implementation = importlib.import_module(name)
-        return {kernel: _without_autocast(getattr(implementation, kernel)) for kernel in names}
+        return {kernel: without_autocast(getattr(implementation, kernel)) for kernel in names}
 
     return Implementation(not_supported, load)
 
 
-def _without_autocast(kernel: Callable[..., Any]) -> Callable[..., Any]:
+def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
     """The operator has cast its arguments; inside, sums in fp32 must stay in fp32."""
 
+    @functools.wraps(function)
     def run(*args: Any) -> Any:
         with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-            return kernel(*args)
+            return function(*args)
 
     return run

@@ -54,13 +54,13 @@ def launches(case: str, capability: int, dtype: torch.dtype = torch.bfloat16) ->
     relative = empty(*tokens, heads, 2 * sum(window_size) - 2)
     pads = (None, None) if window_size == grid_size else (empty(heads, head_width),) * 2
     output = empty(*tokens, heads, head_width)
-    logsumexp = empty(batch, heads, *grid_size, dtype=torch.float32)
+    log_sum_exp = empty(batch, heads, *grid_size, dtype=torch.float32)
     geometry = (window_size, head_width**-0.5)
     arguments = (*qkv, relative, *pads)
     with pytest.MonkeyPatch.context() as patch, recorded() as found:
         patch.setattr(kernels, "_capability", lambda device: divmod(capability, 10))
-        kernels.forward(*arguments, *geometry, output, logsumexp)
-        kernels.backward(output, *arguments, output, logsumexp, *geometry, *arguments)
+        kernels.forward(*arguments, *geometry, output, log_sum_exp)
+        kernels.backward(output, *arguments, output, log_sum_exp, *geometry, *arguments)
     return {launch.kernel.fn.__name__: launch for launch in found}
 
 

@@ -7,8 +7,11 @@ import torch
 
 pytest.importorskip("triton")
 
+import vfmk
+from tests import operator_checks
 from tests.kernels.interpreter import interpreted
 from tests.operator_checks import relative_error
+from tests.ops import test_adapter_attention as ops
 from vfmk import reference
 
 # Of ‖result‖. In fp16 the weights, the gradients of the scores and each result are rounded once, at
@@ -123,13 +126,10 @@ def test_great_scores():
     assert all(gradient.isfinite().all() for gradient in gradients)
 
 
-@pytest.mark.parametrize(("batch", "tokens"), [(0, 7), (3, 0)])
 @interpreted
-def test_nothing(batch, tokens):
-    output, log_sum_exp, *gradients = run(*arguments(tokens, 16, 2, batch, torch.float32), 2, 0.3)
-    assert output.numel() == log_sum_exp.numel() == gradients[0].numel() == 0
-    assert not gradients[1].any()
-    assert not gradients[2].any()
+def test_any_cotangent():
+    with vfmk.use_backend("triton"):
+        operator_checks.check_cotangents(ops.call(2), ops.arguments(20, 16))
 
 
 @interpreted

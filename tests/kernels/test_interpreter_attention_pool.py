@@ -7,8 +7,11 @@ import torch
 
 pytest.importorskip("triton")
 
+import vfmk
+from tests import operator_checks
 from tests.kernels.interpreter import interpreted
 from tests.operator_checks import relative_error
+from tests.ops import test_attention_pool as ops
 from vfmk import reference
 
 # Of ‖result‖. In fp16 the weights, the gradients of the scores and each result are rounded once, at
@@ -131,12 +134,10 @@ def test_great_scores(all_negative):
     assert all(gradient.isfinite().all() for gradient in gradients)
 
 
-@pytest.mark.parametrize(("batch", "tokens", "queries"), [(0, 7, 5), (3, 0, 5), (3, 7, 0)])
 @interpreted
-def test_nothing(batch, tokens, queries):
-    args = (*arguments(tokens, queries, 16, batch, torch.float32), 0.3)
-    for value, true in zip(run(*args), truth(*args), strict=True):
-        assert torch.equal(value.double(), true)
+def test_any_cotangent():
+    with vfmk.use_backend("triton"):
+        operator_checks.check_cotangents(ops.call(), ops.arguments(20, 16, 3))
 
 
 @interpreted

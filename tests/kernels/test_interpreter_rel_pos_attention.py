@@ -102,6 +102,40 @@ def test_any_layout_gives_the_same_bits(capability):
 
 
 @interpreted
+def test_any_cotangent():
+    """Descriptors take no stride of zero: such a cotangent is read by pointers."""
+    args = whole.arguments((3, 4), heads=1, dtype=torch.float16)
+    with triton_for((9, 0)):
+        operator_checks.check_cotangents(whole.call((3, 4)), args)
+
+
+@interpreted
+def test_any_cotangent_of_windows():
+    args = windowed.arguments((3, 2), 2, heads=1)
+    with triton_for((8, 0)):
+        operator_checks.check_cotangents(windowed.call(2, num_heads=1), args)
+
+
+@pytest.mark.parametrize("channels", [16, 24])
+@pytest.mark.parametrize(("dtype", "capability"), ARCHITECTURES, ids=str)
+@interpreted
+def test_windows_keep_a_nan_to_themselves(dtype, capability, channels):
+    qkv, *others = windowed.arguments(
+        (6, 10), (3, 5), batch=1, heads=1, width=channels, dtype=DTYPES[dtype]
+    )
+    call = windowed.call((3, 5), num_heads=1)
+    with triton_for(capability):
+        expected = operator_checks.value_and_gradients(call, (qkv, *others))
+        qkv[:, :3, 5:] = torch.nan
+        output, grad_qkv, *_ = operator_checks.value_and_gradients(call, (qkv, *others))
+    elsewhere = torch.ones(6, 10, dtype=torch.bool)
+    elsewhere[:3, 5:] = False
+    for result, true in zip((output, grad_qkv), expected, strict=False):
+        assert torch.equal(result[:, elsewhere], true[:, elsewhere])
+        assert result[:, ~elsewhere].isnan().any()
+
+
+@interpreted
 def test_large_scores():
     """Weights from 1 down to where float32 ends."""
     args = tuple(10 * tensor for tensor in whole.arguments((7, 11), **ONE))
@@ -140,3 +174,24 @@ def test_empty_batch():
         output, grad_qkv, *others = operator_checks.value_and_gradients(windowed.call(4), args)
     assert output.shape[0] == grad_qkv.shape[0] == 0
     assert not any(gradient.any() for gradient in others)
+
+
+@interpreted
+def test_not_supported():
+    def reason(batch, height, width, heads, head_width, window_size=None) -> str:
+        query = torch.empty(
+            (batch, height, width, heads, head_width), dtype=torch.float16, device="meta"
+        )
+        return kernels.not_supported(query, window_size or (height, width))
+
+    assert reason(1, 600, 600, 16, 80) == ""
+    assert reason(1, 20000, 20000, 1, 64, (4, 4)) == ""
+    assert "a grid of 1300 x 1300" in reason(1, 1300, 1300, 1, 64)
+    assert "with 4000 heads" in reason(1, 40, 600, 4000, 64)
+    assert "in windows of 16 x 1" in reason(1, 16, 2**20, 1, 32, (16, 1))
+    assert "a batch of 65536" in reason(2**16, 2, 2, 1, 16)
+    assert "with 60000 heads" in reason(60000, 1, 1, 60000, 1)
+    assert "head width 136" in reason(1, 2, 2, 1, 136)
+    crowd = whole.arguments((1, 1), batch=2**16, heads=1)
+    with vfmk.use_backend("triton"), pytest.raises(vfmk.BackendError, match="a batch of 65536"):
+        vfmk.ops.rel_pos_attention(*crowd, (1, 1))

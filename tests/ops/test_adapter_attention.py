@@ -146,6 +146,10 @@ def test_any_shape(tokens, heads, width, batch):
     operator_checks.check_accuracy(call(heads), args, FP32_LIMIT, LEAST_SHARE)
 
 
+def test_any_cotangent(device):
+    operator_checks.check_cotangents(call(2), arguments(6, 8, device=device))
+
+
 def test_gradcheck():
     operator_checks.check_gradcheck(call(2), arguments(5, 4))
 

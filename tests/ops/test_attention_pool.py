@@ -143,6 +143,10 @@ def test_any_shape(tokens, width, queries, batch):
     operator_checks.check_accuracy(call(), args, FP32_LIMIT, LEAST_SHARE)
 
 
+def test_any_cotangent(device):
+    operator_checks.check_cotangents(call(), arguments(6, 8, 3, device=device))
+
+
 def test_gradcheck():
     operator_checks.check_gradcheck(call(scale=0.7), arguments(5, 4, 3))
 

@@ -191,6 +191,10 @@ def test_same_bits_for_any_number_of_threads():
         operator_checks.check_threads(call(), arguments((2, 20, 33, 40), (5, 5)))
 
 
+def test_any_cotangent(device):
+    operator_checks.check_cotangents(call(), arguments(*SMALL, device=device))
+
+
 def test_expanded_gradient(device):
     input, weight, bias = arguments((2, 6, 5, 7), (3, 3), device=device)
     leaf = operator_checks.preserving_leaf(input)

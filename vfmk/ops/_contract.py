@@ -1,5 +1,6 @@
 """What every operator's public function does before its custom op: check, then autocast."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -61,6 +62,16 @@ def autocast(*tensors: Tensor | None) -> list[Tensor | None]:
 def dense_last(tensor: Tensor) -> Tensor:
     """What kernels read in place: any view with a dense last dimension; of others, a copy."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def if_wanted(gradients: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
+    """Each gradient, None where nobody wants it."""
+    return [gradient if want else None for gradient, want in zip(gradients, wanted, strict=True)]
+
+
+def check_int(operator: str, argument: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{operator}: {argument} must be an int, got {value!r}")
 
 
 def as_float(operator: str, argument: str, value: Any) -> float:

@@ -24,7 +24,8 @@ def adapter_attention(
 
     Differentiable, once, in all three tensors, in O(N·r) memory: scores are never stored. Sums are
     fp32 (fp64 for float64), those of the projections too, and the bits are the same on each run.
-    Works under autocast, torch.compile and torch.export.
+    Works under autocast, torch.compile and torch.export. float64 and, on CUDA, an r above 64 run in
+    plain PyTorch, whose scores take O(num_heads·N²) memory.
 
     Args:
         input: [B, N, r], float32, float16, bfloat16 or float64. Read in place whatever the
@@ -77,13 +78,13 @@ def _check(input: Tensor, qkv_weight: Tensor, qkv_bias: Tensor, num_heads: int) 
                 f"{NAME}: {argument} must be {list(shape)} for input {list(input.shape)},"
                 f" got {list(tensor.shape)}"
             )
-    if not isinstance(num_heads, int) or isinstance(num_heads, bool):
-        raise TypeError(f"{NAME}: num_heads must be an int, got {num_heads!r}")
+    _contract.check_int(NAME, "num_heads", num_heads)
     if num_heads < 1 or rank % num_heads != 0:
         raise ValueError(f"{NAME}: num_heads must be a divisor of r = {rank}, got {num_heads}")
 
 
 @torch.library.custom_op(f"vfmk::{NAME}", mutates_args=())
+@_backends.without_autocast
 def _forward(
     input: Tensor, qkv_weight: Tensor, qkv_bias: Tensor, num_heads: int, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -109,6 +110,7 @@ def _empty_output(
 
 
 @torch.library.custom_op(f"vfmk::{NAME}_backward", mutates_args=())
+@_backends.without_autocast
 def _backward(
     grad_output: Tensor,
     input: Tensor,
@@ -126,9 +128,9 @@ def _backward(
     kernel = _backends.kernel(NAME, "backward", input, num_heads)
     if input.numel() > 0:
         kernel(
-            _contract.dense_last(grad_output), _contract.dense_last(input),
+            grad_output.contiguous(), _contract.dense_last(input),
             qkv_weight.contiguous(), qkv_bias.contiguous(), output, log_sum_exp, num_heads, scale,
-            *(gradient if want else None for gradient, want in zip(gradients, wanted, strict=True)),
+            *_contract.if_wanted(gradients, wanted),
         )  # fmt: skip
     else:
         for gradient in gradients:
@@ -167,11 +169,7 @@ def _gradients(ctx, grad_output: Tensor, _: Tensor | None):  # type: ignore[no-u
     gradients = torch.ops.vfmk.adapter_attention_backward(
         grad_output, *ctx.saved_tensors, ctx.num_heads, ctx.scale, wanted
     )
-    return (
-        *(gradient if want else None for gradient, want in zip(gradients, wanted, strict=True)),
-        None,
-        None,
-    )
+    return *_contract.if_wanted(gradients, wanted), None, None
 
 
 _forward.register_autograd(_gradients, setup_context=_setup_context)

@@ -17,7 +17,8 @@ def attention_pool(tokens: Tensor, queries: Tensor, *, scale: float = 1.0) -> Te
 
     Differentiable, once, in both tensors; the similarities are never stored. Sums are fp32 (fp64
     for float64), and the bits are the same on each run. Works under autocast, torch.compile and
-    torch.export.
+    torch.export. float64 and, on CUDA, an M or a D above 64 run in plain PyTorch, whose
+    similarities take O(N·M) memory.
 
     Args:
         tokens: [B, N, D], float32, float16, bfloat16 or float64. Read in place whatever the
@@ -51,6 +52,7 @@ def attention_pool(tokens: Tensor, queries: Tensor, *, scale: float = 1.0) -> Te
 
 
 @torch.library.custom_op(f"vfmk::{NAME}", mutates_args=())
+@_backends.without_autocast
 def _forward(tokens: Tensor, queries: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     output, log_sum_exp = _empty_output(tokens, queries, scale)
     kernel = _backends.kernel(NAME, "forward", tokens, queries)
@@ -73,6 +75,7 @@ def _empty_output(tokens: Tensor, queries: Tensor, scale: float) -> tuple[Tensor
 
 
 @torch.library.custom_op(f"vfmk::{NAME}_backward", mutates_args=())
+@_backends.without_autocast
 def _backward(
     grad_output: Tensor,
     tokens: Tensor,
@@ -86,9 +89,9 @@ def _backward(
     kernel = _backends.kernel(NAME, "backward", tokens, queries)
     if tokens.numel() > 0 and queries.numel() > 0:
         kernel(
-            _contract.dense_last(grad_output), _contract.dense_last(tokens), queries.contiguous(),
+            grad_output.contiguous(), _contract.dense_last(tokens), queries.contiguous(),
             output, log_sum_exp, scale,
-            *(gradient if want else None for gradient, want in zip(gradients, wanted, strict=True)),
+            *_contract.if_wanted(gradients, wanted),
         )  # fmt: skip
     else:
         for gradient in gradients:
@@ -124,10 +127,7 @@ def _gradients(ctx, grad_output: Tensor, _: Tensor | None):  # type: ignore[no-u
     gradients = torch.ops.vfmk.attention_pool_backward(
         grad_output, *ctx.saved_tensors, ctx.scale, wanted
     )
-    return (
-        *(gradient if want else None for gradient, want in zip(gradients, wanted, strict=True)),
-        None,
-    )
+    return *_contract.if_wanted(gradients, wanted), None
 
 
 _forward.register_autograd(_gradients, setup_context=_setup_context)

@@ -68,8 +68,7 @@ def channel_remap(
 
 
 def _checked_dim(input: Tensor, dim: int) -> int:
-    if not isinstance(dim, int) or isinstance(dim, bool):
-        raise TypeError(f"{NAME}: dim must be an int, got {dim!r}")
+    _contract.check_int(NAME, "dim", dim)
     if not -input.dim() <= dim < input.dim():
         raise ValueError(f"{NAME}: dim must be a dimension of input {list(input.shape)}, got {dim}")
     return dim % input.dim()

@@ -124,7 +124,7 @@ def _backward(
         weight.contiguous(),
         padding,
         dilation,
-        *(gradient if want else None for gradient, want in zip(gradients, wanted, strict=True)),
+        *_contract.if_wanted(gradients, wanted),
     )
     _backends.kernel(NAME, "backward", input, weight, padding)(*arguments)
     return gradients
@@ -155,7 +155,7 @@ def _gradients(ctx, grad_output: Tensor):  # type: ignore[no-untyped-def]
         grad_output, *ctx.saved_tensors, ctx.padding, ctx.dilation, wanted
     )
     return (
-        *(gradient if want else None for gradient, want in zip(gradients, wanted, strict=True)),
+        *_contract.if_wanted(gradients, wanted),
         None,
         None,
     )

@@ -5,14 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vfmk.ops import _contract
-from vfmk.ops.rel_pos_attention import (
-    _check_tables,
-    distance_tables,
-    new_logsumexp,
-    run_backward,
-    run_forward,
-)
+from vfmk import _backends
+from vfmk.ops import _contract, _rel_pos
 
 NAME = "window_rel_pos_attention"
 
@@ -32,7 +26,8 @@ def window_rel_pos_attention(
     Windows start at the grid's first token. Where the last ones reach beyond the grid, SAM pads
     with zeros after LayerNorm and masks nothing, so the keys and values there are those of
     `qkv_bias`; they are put in by the kernel. A window as large as the grid is global attention.
-    Differentiable in qkv, qkv_bias (what flows through the padding) and the tables.
+    Differentiable, once, in qkv, qkv_bias (what flows through the padding) and the tables. float64
+    runs in plain PyTorch, with the scores of all windows in memory.
 
     Args:
         qkv: [B, H, W, 3·heads·d], dense in the last dimension: queries, keys, values, each with its
@@ -61,8 +56,7 @@ def window_rel_pos_attention(
     _contract.check_tensor(NAME, "qkv", qkv, "B, H, W, 3·heads·d")
     _contract.check_tensor(NAME, "qkv_bias", qkv_bias, "3·heads·d")
     _contract.check_alike(NAME, qkv, first="qkv", qkv_bias=qkv_bias)
-    if isinstance(num_heads, bool) or not isinstance(num_heads, int):
-        raise TypeError(f"{NAME}: num_heads must be an int, got {num_heads!r}")
+    _contract.check_int(NAME, "num_heads", num_heads)
     channels = qkv.shape[-1]
     if num_heads < 1 or channels % (3 * num_heads) or not channels:
         raise ValueError(
@@ -76,27 +70,28 @@ def window_rel_pos_attention(
         )
     window = _contract.int_pair(NAME, "window_size", window_size, minimum=1)
     head_width = channels // (3 * num_heads)
-    _check_tables(NAME, "qkv", qkv, head_width, rel_pos_h, rel_pos_w)
-    scale = head_width**-0.5 if scale is None else float(scale)
-    qkv, qkv_bias, rel_pos_h, rel_pos_w = _contract.autocast(  # type: ignore[assignment]
-        qkv, qkv_bias, rel_pos_h, rel_pos_w
-    )
+    _rel_pos.check_tables(NAME, "qkv", qkv, head_width, rel_pos_h, rel_pos_w)
+    scale = _rel_pos.checked_scale(NAME, scale, head_width)
+    tables = _rel_pos.distance_tables(rel_pos_h, rel_pos_w, window)
+    qkv, qkv_bias, tables = _contract.autocast(qkv, qkv_bias, tables)  # type: ignore[assignment]
     packed = qkv.unflatten(3, (3, num_heads, head_width))
     padding = qkv_bias.unflatten(0, (3, num_heads, head_width))
-    tables = distance_tables(rel_pos_h, rel_pos_w, window)
     output, _ = torch.ops.vfmk.window_rel_pos_attention(packed, padding, tables, window, scale)
     return output.flatten(3)
 
 
 @torch.library.custom_op(f"vfmk::{NAME}", mutates_args=())
+@_backends.without_autocast
 def _forward(
     qkv: Tensor, padding: Tensor, tables: Tensor, window_size: Sequence[int], scale: float
 ) -> tuple[Tensor, Tensor]:
-    output, logsumexp = _empty_output(qkv, padding, tables, window_size, scale)
+    output, log_sum_exp = _empty_output(qkv, padding, tables, window_size, scale)
     pads = _pads(qkv, padding, window_size)
     query, key, value = qkv.unbind(3)
-    run_forward(NAME, query, key, value, tables, *pads, window_size, scale, output, logsumexp)
-    return output, logsumexp
+    _rel_pos.run_forward(
+        NAME, query, key, value, tables, *pads, window_size, scale, output, log_sum_exp
+    )
+    return output, log_sum_exp
 
 
 @_forward.register_fake
@@ -104,23 +99,24 @@ def _empty_output(
     qkv: Tensor, padding: Tensor, tables: Tensor, window_size: Sequence[int], scale: float
 ) -> tuple[Tensor, Tensor]:
     query = qkv[:, :, :, 0]
-    return query.new_empty(query.shape), new_logsumexp(query)
+    return query.new_empty(query.shape), _rel_pos.new_log_sum_exp(query)
 
 
 @torch.library.custom_op(f"vfmk::{NAME}_backward", mutates_args=())
+@_backends.without_autocast
 def _backward(
     grad_output: Tensor,
     qkv: Tensor,
     padding: Tensor,
     tables: Tensor,
     output: Tensor,
-    logsumexp: Tensor,
+    log_sum_exp: Tensor,
     window_size: Sequence[int],
     scale: float,
     wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     gradients = _empty_gradients(
-        grad_output, qkv, padding, tables, output, logsumexp, window_size, scale, wanted
+        grad_output, qkv, padding, tables, output, log_sum_exp, window_size, scale, wanted
     )
     grad_qkv, grad_padding, grad_tables = gradients
     query, key, value = qkv.unbind(3)
@@ -131,13 +127,13 @@ def _backward(
         grad_padding.zero_()  # the padding's queries do not exist
         if pads[0] is not None:
             grad_pads = (grad_padding[1], grad_padding[2])
-    run_backward(
+    _rel_pos.run_backward(
         NAME,
         grad_output,
         (query, key, value),
         tables,
         pads,
-        (output, logsumexp),
+        (output, log_sum_exp),
         window_size,
         scale,
         (grad_query, grad_key, grad_value),
@@ -154,7 +150,7 @@ def _empty_gradients(
     padding: Tensor,
     tables: Tensor,
     output: Tensor,
-    logsumexp: Tensor,
+    log_sum_exp: Tensor,
     window_size: Sequence[int],
     scale: float,
     wanted: Sequence[bool],
@@ -170,6 +166,7 @@ def _empty_gradients(
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     *tensors, ctx.window_size, ctx.scale = inputs
     ctx.save_for_backward(*tensors, *output)
+    ctx.mark_non_differentiable(output[1])
 
 
 def _gradients(ctx, grad_output: Tensor, _: Tensor | None):  # type: ignore[no-untyped-def]
@@ -177,11 +174,7 @@ def _gradients(ctx, grad_output: Tensor, _: Tensor | None):  # type: ignore[no-u
     gradients = torch.ops.vfmk.window_rel_pos_attention_backward(
         grad_output, *ctx.saved_tensors, ctx.window_size, ctx.scale, wanted
     )
-    return (
-        *(gradient if want else None for gradient, want in zip(gradients, wanted, strict=True)),
-        None,
-        None,
-    )
+    return *_contract.if_wanted(gradients, wanted), None, None
 
 
 _forward.register_autograd(_gradients, setup_context=_setup_context)
@@ -196,3 +189,6 @@ def _pads(
         return None, None
     _, pad_key, pad_value = padding.contiguous()
     return pad_key, pad_value
+
+
+_rel_pos.register(NAME)

@@ -73,9 +73,9 @@ def forward(
     window_size: tuple[int, int],
     scale: float,
     output: Tensor,
-    logsumexp: Tensor,
+    log_sum_exp: Tensor,
 ) -> None:
-    """Write `output` [B, H, W, heads, d] and `logsumexp` [B, heads, H, W].
+    """Write `output` [B, H, W, heads, d] and `log_sum_exp` [B, heads, H, W].
 
     query, key, value: [B, H, W, heads, d]; relative [B, H, W, heads, R], the query's products with
     all 2·rows − 1 distances up and down, then all 2·columns − 1 left and right; pad_key, pad_value
@@ -88,7 +88,7 @@ def forward(
     scores = _scores(query, key, relative, window_size, scale)
     output.copy_(_merge_heads(scores.softmax(-1) @ value, window_size, grid))
     sums = scores.logsumexp(-1, keepdim=True)  # [windows, heads, N, 1]
-    logsumexp.copy_(_merge_heads(sums, window_size, grid)[..., 0].permute(0, 3, 1, 2))
+    log_sum_exp.copy_(_merge_heads(sums, window_size, grid)[..., 0].permute(0, 3, 1, 2))
 
 
 def backward(
@@ -100,7 +100,7 @@ def backward(
     pad_key: Tensor | None,
     pad_value: Tensor | None,
     output: Tensor,
-    logsumexp: Tensor,
+    log_sum_exp: Tensor,
     window_size: tuple[int, int],
     scale: float,
     grad_query: Tensor | None,
