@@ -27,7 +27,6 @@ Kernel sides above 7 and dilated kernels take a plain path (`*_tiles`): one shif
 tap, in loops that are not unrolled.
 """
 
-
 import functools
 import math
 from collections.abc import Sequence
