@@ -1,5 +1,6 @@
 """The wheel: one for every CPython, with kernels, weights and library inside."""
 
+import fcntl
 import json
 import os
 import subprocess
@@ -28,7 +29,9 @@ def wheel(tmp_path_factory):
         pytest.skip("the installed package has no native library")
     folder = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", str(folder), "."]
-    subprocess.run([*command, "--no-build-isolation"], cwd=ROOT, check=True)
+    with (ROOT / "build" / ".lock").open("w") as lock:  # other workers build in the same folder
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        subprocess.run([*command, "--no-build-isolation"], cwd=ROOT, check=True)
     return next(folder.glob("*.whl"))
 
 
