@@ -63,8 +63,8 @@ def plot(entries: list[dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot
 
     labels = [f"{e['group']}\n{e['extra_info']['direction']}" for e in entries]
-    ours, *peers = entries[0]["extra_info"]["median_seconds"]
-    peers = [peer for peer in peers if peer not in PEERS_NOT_COMPARED]
+    names = list(dict.fromkeys(p for e in entries for p in e["extra_info"]["median_seconds"]))
+    ours, *peers = (name for name in names if name not in PEERS_NOT_COMPARED)
     figure, axes = pyplot.subplots(figsize=(9, 1 + 0.45 * len(entries)), layout="constrained")
     height = 0.8 / len(peers)
     for offset, peer in enumerate(peers):
