@@ -12,32 +12,7 @@ namespace vfmk::attention_pool {
 namespace cpu {
 
 // The kernels of cpu/attention_pool.cpp, compiled once for each instruction set.
-#define VFMK_DECLARE(isa)                                           \
-  namespace isa {                                                   \
-  int64_t forward_workspace_floats(const Problem& problem);         \
-  int64_t backward_workspace_floats(const Problem& problem);        \
-  void forward(const Problem& problem, const Forward& arguments);   \
-  void backward(const Problem& problem, const Backward& arguments); \
-  }
-VFMK_DECLARE(baseline)
-VFMK_DECLARE(avx2)
-VFMK_DECLARE(avx512)
-
-int64_t forward_workspace_floats(const Problem& problem) {
-  VFMK_DISPATCH(forward_workspace_floats(problem));
-}
-
-int64_t backward_workspace_floats(const Problem& problem) {
-  VFMK_DISPATCH(backward_workspace_floats(problem));
-}
-
-void forward(const Problem& problem, const Forward& arguments) {
-  VFMK_DISPATCH(forward(problem, arguments));
-}
-
-void backward(const Problem& problem, const Backward& arguments) {
-  VFMK_DISPATCH(backward(problem, arguments));
-}
+VFMK_DECLARE_AND_DISPATCH
 
 }  // namespace cpu
 

@@ -35,6 +35,32 @@ aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
 #define VFMK_DISPATCH(call) return baseline::call
 #endif
 
+// For an operator's namespace `cpu`: its two passes and their workspaces, declared for each
+// instruction set, and dispatched to the one in force.
+#define VFMK_DECLARE_PASSES(isa)                                    \
+  namespace isa {                                                   \
+  int64_t forward_workspace_floats(const Problem& problem);         \
+  int64_t backward_workspace_floats(const Problem& problem);        \
+  void forward(const Problem& problem, const Forward& arguments);   \
+  void backward(const Problem& problem, const Backward& arguments); \
+  }
+#define VFMK_DECLARE_AND_DISPATCH                                    \
+  VFMK_DECLARE_PASSES(baseline)                                      \
+  VFMK_DECLARE_PASSES(avx2)                                          \
+  VFMK_DECLARE_PASSES(avx512)                                        \
+  int64_t forward_workspace_floats(const Problem& problem) {         \
+    VFMK_DISPATCH(forward_workspace_floats(problem));                \
+  }                                                                  \
+  int64_t backward_workspace_floats(const Problem& problem) {        \
+    VFMK_DISPATCH(backward_workspace_floats(problem));               \
+  }                                                                  \
+  void forward(const Problem& problem, const Forward& arguments) {   \
+    VFMK_DISPATCH(forward(problem, arguments));                      \
+  }                                                                  \
+  void backward(const Problem& problem, const Backward& arguments) { \
+    VFMK_DISPATCH(backward(problem, arguments));                     \
+  }
+
 namespace vfmk {
 
 using torch::headeronly::ScalarType;

@@ -12,7 +12,7 @@ import pytest
 
 from vfmk import _backends
 
-pytestmark = pytest.mark.xdist_group("wheel")  # one worker: the build happens once
+pytestmark = pytest.mark.xdist_group("wheel")  # one worker; the lock below serves where it gets two
 ROOT = Path(__file__).parents[1]
 RUN = """
 import json, torch, vfmk
