@@ -623,7 +623,7 @@ def _cut_tiles(
     return _Cut(batch * _ceil(channels, block_channels) * tiles, tiles, 0, 1, options)
 
 
-def not_supported(input: Tensor, padding: Sequence[int]) -> str:
+def not_supported(input: Tensor, weight: Tensor, padding: Sequence[int]) -> str:
     """Why tensors of these sizes cannot run, or ""."""
     batch, channels, height, width = input.shape
     pixels = (height + sum(padding[:2])) * (width + sum(padding[2:]))

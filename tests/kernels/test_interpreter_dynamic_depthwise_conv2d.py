@@ -253,7 +253,8 @@ def test_empty(layout):
 
 def test_not_supported():
     def reason(*size: int) -> str:
-        return kernels.not_supported(torch.empty(size, device="meta"), (1, 1, 1, 1))
+        tensors = [torch.empty(shape, device="meta") for shape in (size, (*size[:2], 3, 3))]
+        return kernels.not_supported(*tensors, (1, 1, 1, 1))
 
     assert reason(2, 2, 4, 4) == ""
     assert "too large" in reason(1, 1, 2**15, 2**15)

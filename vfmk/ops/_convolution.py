@@ -1,10 +1,13 @@
-"""What the operators that convolve at stride 1 share: checks, geometry, layouts."""
+"""What the operators that convolve at stride 1 share: all but the public function."""
 
+import functools
+import importlib
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from vfmk import _backends
 from vfmk.ops import _contract
 from vfmk.reference.padding import resolve_padding
 
@@ -70,18 +73,118 @@ def empty(size: Sequence[int], like: Tensor) -> Tensor:
     return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=layout(like))
 
 
-def empty_gradients(
-    input: Tensor, weight: Tensor, bias: Tensor | None, wanted: Sequence[bool]
-) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        empty(input.shape, input) if wanted[0] else input.new_empty(0),
-        weight.new_empty(weight.shape if wanted[1] else 0),
-        input.new_empty(0) if bias is None or not wanted[2] else bias.new_empty(bias.shape),
-    )
+def define(operator: str, *, native: Sequence[str]) -> None:
+    """The custom ops vfmk::`operator` and its backward, their fakes, autograd and backends.
+
+    Args:
+        native: devices that the compiled library has kernels for.
+    """
+
+    @torch.library.custom_op(f"vfmk::{operator}", mutates_args=())
+    def forward(
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        padding: Sequence[int],
+        dilation: Sequence[int],
+    ) -> Tensor:
+        output = empty_output(input, weight, bias, padding, dilation)
+        arguments = (
+            readable(input),
+            weight.contiguous(),
+            None if bias is None else bias.contiguous(),
+            padding,
+            dilation,
+            output,
+        )
+        _backends.kernel(operator, "forward", input, weight, padding)(*arguments)
+        return output
+
+    @forward.register_fake
+    def empty_output(
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        padding: Sequence[int],
+        dilation: Sequence[int],
+    ) -> Tensor:
+        size = output_size(input, weight, padding, dilation)
+        return empty((input.shape[0], weight.shape[1], *size), input)
+
+    @torch.library.custom_op(f"vfmk::{operator}_backward", mutates_args=())
+    def backward(
+        grad_output: Tensor,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        wanted: Sequence[bool],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        gradients = empty_gradients(grad_output, input, weight, bias, padding, dilation, wanted)
+        arguments = (
+            grad_output.contiguous(memory_format=layout(input)),
+            readable(input),
+            weight.contiguous(),
+            padding,
+            dilation,
+            *_contract.if_wanted(gradients, wanted),
+        )
+        _backends.kernel(operator, "backward", input, weight, padding)(*arguments)
+        return gradients
+
+    @backward.register_fake
+    def empty_gradients(
+        grad_output: Tensor,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        wanted: Sequence[bool],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """A tensor for each gradient, empty ([0]) for those that nobody wants."""
+        return (
+            empty(input.shape, input) if wanted[0] else input.new_empty(0),
+            weight.new_empty(weight.shape if wanted[1] else 0),
+            input.new_empty(0) if bias is None or not wanted[2] else bias.new_empty(bias.shape),
+        )
+
+    def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+        input, weight, bias, ctx.padding, ctx.dilation = inputs
+        ctx.save_for_backward(input, weight, bias)
+
+    def gradients(ctx, grad_output: Tensor):  # type: ignore[no-untyped-def]
+        wanted = list(ctx.needs_input_grad[:3])
+        found = backward(grad_output, *ctx.saved_tensors, ctx.padding, ctx.dilation, wanted)
+        return *_contract.if_wanted(found, wanted), None, None
+
+    forward.register_autograd(gradients, setup_context=setup_context)
+    implementations = {
+        "triton": _backends.module(
+            f"vfmk.kernels.{operator}", functools.partial(_not_supported_by_triton, operator)
+        ),
+        "reference": _backends.module(f"vfmk.reference.{operator}", lambda *args: ""),
+    }
+    for device in native:
+        implementations[device] = _backends.native(
+            operator, functools.partial(_not_supported_on, device)
+        )
+    _backends.register(operator, implementations)
 
 
-def not_supported(device: str, input: Tensor, padding: Sequence[int]) -> str:
+def _not_supported_on(device: str, input: Tensor, weight: Tensor, padding: Sequence[int]) -> str:
     """Why a backend of `device` cannot run what the reference can, or ""."""
     if input.device.type != device:
         return f"input is on {input.device}"
     return "float64 has the reference alone" if input.dtype == torch.float64 else ""
+
+
+def _not_supported_by_triton(
+    operator: str, input: Tensor, weight: Tensor, padding: Sequence[int]
+) -> str:
+    device = "cpu" if _backends.interpreted() else "cuda"
+    if reason := _not_supported_on(device, input, weight, padding):
+        return reason
+    kernels = importlib.import_module(f"vfmk.kernels.{operator}")
+    return kernels.not_supported(input, weight, padding)

@@ -1,12 +1,8 @@
 """Dense convolution whose kernels differ from sample to sample."""
 
-import functools
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from vfmk import _backends
 from vfmk.ops import _contract, _convolution
 
 NAME = "dynamic_conv2d"
@@ -74,114 +70,4 @@ def dynamic_conv2d(
     return torch.ops.vfmk.dynamic_conv2d(input, weight, bias, sides, steps)
 
 
-@torch.library.custom_op(f"vfmk::{NAME}", mutates_args=())
-def _forward(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    padding: Sequence[int],
-    dilation: Sequence[int],
-) -> Tensor:
-    output = _empty_output(input, weight, bias, padding, dilation)
-    arguments = (
-        _convolution.readable(input),
-        weight.contiguous(),
-        None if bias is None else bias.contiguous(),
-        padding,
-        dilation,
-        output,
-    )
-    _backends.kernel(NAME, "forward", input, weight, padding)(*arguments)
-    return output
-
-
-@_forward.register_fake
-def _empty_output(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    padding: Sequence[int],
-    dilation: Sequence[int],
-) -> Tensor:
-    size = _convolution.output_size(input, weight, padding, dilation)
-    return _convolution.empty((input.shape[0], weight.shape[1], *size), input)
-
-
-@torch.library.custom_op(f"vfmk::{NAME}_backward", mutates_args=())
-def _backward(
-    grad_output: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    wanted: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    gradients = _empty_gradients(grad_output, input, weight, bias, padding, dilation, wanted)
-    arguments = (
-        grad_output.contiguous(memory_format=_convolution.layout(input)),
-        _convolution.readable(input),
-        weight.contiguous(),
-        padding,
-        dilation,
-        *_contract.if_wanted(gradients, wanted),
-    )
-    _backends.kernel(NAME, "backward", input, weight, padding)(*arguments)
-    return gradients
-
-
-@_backward.register_fake
-def _empty_gradients(
-    grad_output: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    wanted: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """A tensor for each gradient, empty ([0]) for those that nobody wants."""
-    return _convolution.empty_gradients(input, weight, bias, wanted)
-
-
-def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    input, weight, bias, ctx.padding, ctx.dilation = inputs
-    ctx.save_for_backward(input, weight, bias)
-
-
-def _gradients(ctx, grad_output: Tensor):  # type: ignore[no-untyped-def]
-    wanted = list(ctx.needs_input_grad[:3])
-    gradients = torch.ops.vfmk.dynamic_conv2d_backward(
-        grad_output, *ctx.saved_tensors, ctx.padding, ctx.dilation, wanted
-    )
-    return (
-        *_contract.if_wanted(gradients, wanted),
-        None,
-        None,
-    )
-
-
-_forward.register_autograd(_gradients, setup_context=_setup_context)
-
-
-def _not_supported(device: str, input: Tensor, weight: Tensor, padding: Sequence[int]) -> str:
-    return _convolution.not_supported(device, input, padding)
-
-
-def _not_supported_by_triton(input: Tensor, weight: Tensor, padding: Sequence[int]) -> str:
-    device = "cpu" if _backends.interpreted() else "cuda"
-    if reason := _convolution.not_supported(device, input, padding):
-        return reason
-    from vfmk.kernels import dynamic_conv2d as kernels
-
-    return kernels.not_supported(input, weight, padding)
-
-
-_backends.register(
-    NAME,
-    {
-        "triton": _backends.module(f"vfmk.kernels.{NAME}", _not_supported_by_triton),
-        "cpu": _backends.native(NAME, functools.partial(_not_supported, "cpu")),
-        "reference": _backends.module(f"vfmk.reference.{NAME}", lambda *args: ""),
-    },
-)
+_convolution.define(NAME, native=("cpu",))
