@@ -1,4 +1,4 @@
-"""`python -m vfmk`, which torchrun can start: the command `vfmk`."""
+"""`python -m vfmk`, the command `vfmk`; for torchrun: `torchrun ... -m -- vfmk train ...`."""
 
 from vfmk.cli import app
 

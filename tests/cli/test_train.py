@@ -24,10 +24,12 @@ def data(monkeypatch):
 
     def open_dataset(path, task, *, split=None, skip_bad=False, classes=None):
         assert task != "promptable" or classes is None
-        return Shapes(task, 5, seed=int(split == "val"))
+        dataset = Shapes(task, 4 if split == "few" else 5, seed=int(split == "val"))
+        dataset.skipped = ["bad.png is unreadable: [cut]"] * skip_bad
+        return dataset
 
     monkeypatch.setattr(vfmk.data, "open_dataset", open_dataset, raising=False)
-    monkeypatch.setattr(vfmk.data, "digest", lambda dataset: f"{dataset.classes} {len(dataset)}")
+    monkeypatch.setattr(vfmk.data, "digest", lambda dataset: f"{dataset.classes} {dataset.seed}")
 
 
 def call(*arguments, code=0):
@@ -61,15 +63,25 @@ def test_train_eval_and_export(tmp_path):
     for name, tensor in adapted.adapters.state_dict().items():
         assert torch.equal(tensor, trained.model.adapters.state_dict()[name])
 
-    call("eval", "--run", run, "--data", "shapes", "--split", "val")
-    assert json.loads((run / "eval" / "metrics.json").read_text()) == metrics["best"]
+    for _ in range(2):  # the same again is no conflict
+        call("eval", "--run", run, "--data", "shapes", "--split", "val")
+    report = run / "eval" / "shapes-val"
+    assert json.loads((report / "metrics.json").read_text()) == metrics["best"]
     for picture in ("loss.png", "grid.png"):
-        assert_is_picture(run / "eval" / picture)
+        assert_is_picture(report / picture)
+    for other in (report, run):
+        output = call("eval", "--run", run, "--data", "shapes", "--out", other, code=1)
+        assert "choose another folder by --out" in output.replace("\n", " ")
+    call("eval", "--run", run, "--data", "shapes")
+    assert (run / "eval" / "shapes" / "metrics.json").exists()
 
     output = call("export", "--run", run)
     assert "encoder.pt2" in output.replace("\n", "")  # however long the path
     exported = json.loads((run / "export" / "metrics.json").read_text())
     assert exported["program_error"] <= 1e-3
+    assert exported["grid_impossible"] == ""
+    for picture in ("loss.png", "grid.png"):
+        assert_is_picture(run / "export" / picture)
     program = torch.export.load(run / "export" / "encoder.pt2").module()
     image = 255 * torch.rand(1, 3, 128, 128)
     with torch.no_grad():
@@ -88,6 +100,56 @@ def test_every_fifth_image_is_held_out(tmp_path, task):
     assert not (tmp_path / "adapter").exists()
 
 
+def test_what_is_skipped_is_shown_and_reported(tmp_path):
+    skipped = ["bad.png is unreadable: [cut]"]
+    shown = "left out 1 of the records: bad.png is unreadable: [cut]"
+    output = train(tmp_path, "--adapter", "decoder", "--skip-bad")
+    assert shown in " ".join(output.split())
+    assert json.loads((tmp_path / "config.json").read_text())["skipped"] == skipped
+    output = call("eval", "--run", tmp_path, "--data", "shapes", "--skip-bad")
+    assert shown in " ".join(output.split())
+    report = json.loads((tmp_path / "eval" / "shapes" / "config.json").read_text())
+    assert report["evaluation"]["skipped"] == skipped
+    assert "left out" not in call("eval", "--run", tmp_path, "--data", "shapes")
+
+
+def test_every_field_of_the_adapter_can_be_chosen(tmp_path):
+    train(
+        tmp_path,
+        "--no-global-branch",
+        "--gradient-checkpointing",
+        *("--conv", "static", "--kernel-size", 5, "--scale", 0.5, "--num-heads", 2),
+        *("--token-dim", 16, "--low-dim", 4, "--num-queries", 3),
+        *("--sublayers", "attn", "--layers", "0,2"),
+    )
+    task, _ = load_run(tmp_path)
+    assert task.model.config == vfmk.VFMAdapterConfig(
+        rank=4,
+        conv="static",
+        global_branch=False,
+        kernel_size=5,
+        scale=0.5,
+        num_heads=2,
+        token_dim=16,
+        low_dim=4,
+        num_queries=3,
+        sublayers=("attn",),
+        layers_to_transform=(0, 2),
+    )
+    train(tmp_path, "--resume", "auto", code=1)  # another model
+
+
+def test_export_without_its_data_says_so(tmp_path, monkeypatch):
+    train(tmp_path, "--adapter", "decoder")
+
+    def gone(path, task, **options):
+        raise FileNotFoundError(f"open_dataset: {path} does not exist")
+
+    monkeypatch.setattr(vfmk.data, "open_dataset", gone)
+    output = call("export", "--run", tmp_path).replace("\n", " ")
+    assert "no picture grid: open_dataset: shapes does not exist" in output
+
+
 def test_resume(tmp_path):
     train(tmp_path, "--adapter", "decoder")
     before = (tmp_path / "best.pt").read_bytes()
@@ -104,11 +166,19 @@ def test_resume(tmp_path):
         (("--adapter", "full", "--train-module", "mask_decoder"), "modules_to_save goes with"),
         (("--batch-size", 0), "TrainConfig: batch_size must be at least 1, got 0"),
         (("--model", "vit_x"), "name must be one of tiny"),
+        (("--conv", "sparse"), "'sparse' is not one of"),
+        (("--kernel-size", 4), "VFMAdapterConfig: kernel_size must be odd"),
+        (("--layers", "all"), "--layers must be indices such as 2,5,8,11, got 'all'"),
+        (("--layers", "99"), "layers_to_transform"),
+        (("--adapter", "full", "--scale", 2), "scale must go with adapter 'vfm', got 'full'"),
+        (("--adapter", "decoder", "--gradient-checkpointing"), "gradient_checkpointing is of the"),
+        (("--split", "few"), "shapes has 4 images; with fewer than 5 none is held out for"),
     ],
 )
 def test_mistakes_are_named(tmp_path, arguments, message):
-    output = train(tmp_path / "run", *arguments, code=1)
-    assert message in output.replace("\n", " ")
+    code = 2 if "sparse" in arguments else 1  # of the command line itself
+    output = train(tmp_path / "run", *arguments, code=code)
+    assert message in " ".join(output.split())
     assert not (tmp_path / "run").exists()
 
 

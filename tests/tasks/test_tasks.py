@@ -14,7 +14,8 @@ from vfmk.tasks.build import ModelConfig, build_task, trainable
 from vfmk.tasks.detection import DetectionEvaluation
 from vfmk.tasks.losses import mask_loss, prompted_losses, semantic_losses
 from vfmk.train.config import TrainConfig
-from vfmk.train.loop import evaluate, predict, start_accelerator
+from vfmk.train.evaluation import evaluate, predict
+from vfmk.train.processes import start_accelerator
 
 
 @pytest.mark.parametrize(
@@ -63,6 +64,26 @@ def test_modules_to_save_train_too():
     assert "model.sam.mask_decoder.iou_token.weight" in trainable(task)
 
 
+@pytest.mark.parametrize("adapter", ["vfm", "lora", "full"])
+def test_gradient_checkpointing_computes_blocks_twice_and_the_same(adapter):
+    """With dropout, whose draws the second time must be those of the first."""
+    gradients, calls = [], []
+    for is_on in (False, True):
+        torch.manual_seed(0)
+        config = ModelConfig("semantic", adapter=adapter, rank=8, gradient_checkpointing=is_on)
+        task = build_task(config, list(CLASSES)).train()
+        count = len(task.sam.image_encoder.blocks)
+        for block in task.sam.image_encoder.blocks:
+            block.mlp.register_forward_pre_hook(lambda *_, is_on=is_on: calls.append(is_on))
+        batch, target = images(task, 1)[(0, 0)]
+        torch.manual_seed(1)
+        sum(task(batch[None], [target]).values()).backward()
+        gradients.append({name: p.grad for name, p in trainable(task).items()})
+    assert (calls.count(False), calls.count(True)) == (count, 2 * count)
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, msg=name)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -70,6 +91,8 @@ def test_modules_to_save_train_too():
         ({"adapter": "ia3"}, "adapter must be one of vfm, lora"),
         ({"rank": 0}, "rank must be at least 1, got 0"),
         ({"adapter": "full", "modules_to_save": ("mask_decoder",)}, "not with full"),
+        ({"vfm": {"rank": 4}}, "vfm must have fields among kernel_size, .*, got rank"),
+        ({"adapter": "lora", "vfm": {"conv": "dense"}}, "conv must go with adapter 'vfm'"),
     ],
 )
 def test_refuses_by_name(fields, message):

@@ -1,90 +1,18 @@
-"""The loop: resuming, several processes, what stops it."""
-
-import os
-import signal
-import subprocess
-import sys
-from pathlib import Path
+"""The loop in one process: its log, averages, what stops it."""
 
 import pytest
 import torch
 
 from tests.train.train_shapes import build, images, train_shapes
-from vfmk.tasks.build import trainable
 from vfmk.train.checkpoint import load_checkpoint, trained_weights
 from vfmk.train.config import TrainConfig
-from vfmk.train.loop import evaluate, read_log, start_accelerator
-
-ROOT = Path(__file__).parents[2]
-
-
-def run(*arguments: str | Path, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, *launcher, "-m", "tests.train.train_shapes", *map(str, arguments)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-
-
-def assert_same_tree(a, b):
-    """Equal bit for bit, whatever they are made of."""
-    assert type(a) is type(b)
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b)
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert_same_tree(a[key], b[key])
-    elif isinstance(a, list | tuple):
-        for x, y in zip(a, b, strict=True):
-            assert_same_tree(x, y)
-    else:
-        assert a == b
-
-
-def test_a_killed_run_resumes_bit_for_bit(tmp_path):
-    """Killed after 5 of 6 steps, one after a checkpoint; weights, moments, averages and the
-    generators end as in a run that was not killed."""
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert run(whole, "--ema", 0.9).returncode == 0
-    assert run(killed, "--ema", 0.9, "--kill-at", 5).returncode == -signal.SIGKILL
-    assert load_checkpoint(killed / "last.pt")["step"] == 4
-    assert [line["step"] for line in read_log(killed / "log.jsonl")][-1] == 4
-    assert run(killed, "--ema", 0.9).returncode == 0
-    for name in ("last.pt", "best.pt"):
-        assert_same_tree(load_checkpoint(whole / name), load_checkpoint(killed / name))
-    logs = [read_log(folder / "log.jsonl") for folder in (whole, killed)]
-    for line, other in zip(*logs, strict=True):
-        assert {key: line.get(key) for key in ("step", "loss", "lr", "evaluation")} == {
-            key: other.get(key) for key in ("step", "loss", "lr", "evaluation")
-        }
-
-
-def test_two_processes_equal_one_with_twice_the_batch(tmp_path):
-    """Without dropout, whose draws belong to a process. The gradients are summed in another order,
-    and Adam divides them by their size, so what is nearly nothing differs most: hence a hundredth
-    of the way that each tensor went, by norms (0.0006 at most where this was written). Wrong shares
-    of the batch make it about the whole.
-    """
-    one, two = tmp_path / "one", tmp_path / "two"
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    for folder, size, launch in ((one, 4, ()), (two, 2, launcher)):
-        finished = run(folder, "--batch-size", size, "--dropout", 0, launcher=launch)
-        assert finished.returncode == 0, finished.stderr[-2000:]
-    first, second = (load_checkpoint(folder / "last.pt") for folder in (one, two))
-    assert first["step"] == second["step"] == 3
-    start = trained_weights(trainable(build("promptable", dropout=0)))
-    for name, weight in first["weights"].items():
-        way = (weight - start[name]).norm()
-        assert way > 0, name
-        assert (second["weights"][name] - weight).norm() < 1e-2 * way, name
-    assert second["last"] == pytest.approx(first["last"], abs=1e-3)
+from vfmk.train.evaluation import evaluate
+from vfmk.train.log import read_log
+from vfmk.train.processes import start_accelerator
 
 
 def test_accumulation_equals_a_larger_batch(tmp_path):
-    """As above, in one process."""
+    """As in tests/train/test_processes.py, in one process."""
     weights = []
     for batch_size, accumulation in ((4, 1), (2, 2)):
         task = build("semantic", adapter="decoder")

@@ -1,8 +1,5 @@
-"""A short run on shapes; as a program, one that another test kills or starts several of."""
+"""A short run on shapes."""
 
-import argparse
-import os
-import signal
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -16,6 +13,22 @@ from vfmk.tasks.task import Task
 from vfmk.train.config import TrainConfig
 from vfmk.train.loop import TrainResult, train
 from vfmk.train.stream import EvaluationImages, TrainingImages
+
+
+def assert_same_tree(a: Any, b: Any) -> None:
+    """Equal bit for bit, whatever they are made of."""
+    assert type(a) is type(b)
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same_tree(a[key], b[key])
+    elif isinstance(a, list | tuple):
+        for x, y in zip(a, b, strict=True):
+            assert_same_tree(x, y)
+    else:
+        assert a == b
 
 
 def build(task: str, adapter: str = "vfm", dropout: float = 0.1) -> Task:
@@ -36,39 +49,8 @@ def train_shapes(
     task: Task, out: Path | None = None, *, count: int = 8, **options: Any
 ) -> TrainResult:
     """`options` are those of `train` and the fields of TrainConfig."""
-    passed = {key: options.pop(key) for key in ("resume", "progress") if key in options}
+    kept = ("resume", "progress", "identity")
+    passed = {key: options.pop(key) for key in kept if key in options}
     config = TrainConfig(**{"schedule": "cosine", "learning_rate": 2e-3, **options})
     out = out or Path(tempfile.mkdtemp())
     return train(task, images(task, count), images(task, 4, train=False), config, out, **passed)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--kill-at", type=int, help="after this many steps, before a checkpoint")
-    parser.add_argument("--batch-size", type=int, default=2)
-    parser.add_argument("--accumulation", type=int, default=1)
-    parser.add_argument("--ema", type=float, default=0.0)
-    parser.add_argument("--dropout", type=float, default=0.1)
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-
-    def progress(done: int, steps: int, loss: float) -> None:
-        if done == args.kill_at:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    train_shapes(
-        build("promptable", dropout=args.dropout),
-        args.out,
-        epochs=1.5,
-        batch_size=args.batch_size,
-        accumulation=args.accumulation,
-        ema=args.ema,
-        checkpoint_every=2,
-        resume=True,
-        progress=progress,
-    )
-
-
-if __name__ == "__main__":
-    main()

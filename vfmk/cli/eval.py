@@ -6,25 +6,39 @@ from typing import Annotated
 from rich.table import Table
 from typer import Option
 
-from vfmk.cli.progress import plain_errors, terminal
+from vfmk.cli.progress import list_skipped, plain_errors, terminal
 
 
 def eval(
     run: Annotated[Path, Option(help="folder of vfmk train")],
     data: Annotated[Path, Option(help="data set, as vfmk.data.open_dataset takes it")],
     split: Annotated[str | None, Option(help="of the data")] = None,
-    out: Annotated[Path | None, Option(help="folder for the report; default: RUN/eval")] = None,
+    out: Annotated[
+        Path | None, Option(help="folder for the report; default: RUN/eval/DATA-SPLIT")
+    ] = None,
     batch_size: Annotated[int | None, Option(help="default: as trained")] = None,
     workers: Annotated[int, Option(help="processes that load images")] = 0,
     skip_bad: Annotated[bool, Option(help="leave unreadable images out")] = False,
 ) -> None:
-    """Score a run's best weights on a data set."""
-    report = out or run / "eval"
+    """Score a run's best weights on a data set.
+
+    Several GPUs: torchrun --nproc-per-node N -m -- vfmk eval ..., where the -- keeps torchrun from
+    reading --run as its own.
+    """
+    name = data.resolve().name
+    report = out or run / "eval" / (name if split is None else f"{name}-{split}")
     with plain_errors("eval", "train"):
         from vfmk.train.run import DataConfig, evaluate_run
 
         data_config = DataConfig(path=str(data), split=split, skip_bad=skip_bad)
-        scores = evaluate_run(run, data_config, report, batch_size=batch_size, workers=workers)
+        scores = evaluate_run(
+            run,
+            data_config,
+            report,
+            batch_size=batch_size,
+            workers=workers,
+            on_skipped=list_skipped,
+        )
     table = Table("", "score")
     for name, score in scores.items():
         table.add_row(name, f"{score:.4f}")

@@ -24,3 +24,5 @@ def export(
         console.print(f"no ONNX file: {result.onnx_impossible}", markup=False)
     else:
         console.print(f"{folder / ONNX}: within {result.onnx_error:.1e}")
+    if result.grid_impossible:
+        console.print(f"no picture grid: {result.grid_impossible}", markup=False)

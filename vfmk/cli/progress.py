@@ -1,7 +1,7 @@
 """What the commands show while they work, and how they end."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -11,6 +11,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 def terminal() -> Console:
     """Of several processes that torchrun started, the first alone speaks."""
     return Console(quiet=os.environ.get("RANK", "0") != "0")
+
+
+def list_skipped(reasons: Sequence[str]) -> None:
+    """On stderr, what --skip-bad left out."""
+    console = Console(stderr=True, quiet=terminal().quiet)
+    console.print(f"left out {len(reasons)} of the records:")
+    for reason in reasons:
+        console.print(f"  {reason}", markup=False, highlight=False, soft_wrap=True)
 
 
 @contextmanager

@@ -1,12 +1,12 @@
 """`vfmk train`."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from rich.table import Table
 from typer import Option
 
-from vfmk.cli.progress import plain_errors, steps_bar, terminal
+from vfmk.cli.progress import list_skipped, plain_errors, steps_bar, terminal
 from vfmk.tasks.task import TaskName
 
 
@@ -25,6 +25,25 @@ def train(
         list[str] | None,
         Option(help="train this part of SAM too, such as mask_decoder; may be repeated"),
     ] = None,
+    conv: Annotated[
+        Literal["depthwise", "dense", "static"] | None, Option(help="of vfm: its kernels")
+    ] = None,
+    kernel_size: Annotated[int | None, Option(help="of vfm's convolution")] = None,
+    global_branch: Annotated[
+        bool | None, Option(help="of vfm: attention beside the convolution")
+    ] = None,
+    num_heads: Annotated[int | None, Option(help="of vfm's attention")] = None,
+    token_dim: Annotated[int | None, Option(help="of vfm's hypernetwork: its tokens")] = None,
+    low_dim: Annotated[int | None, Option(help="of vfm's hypernetwork: its code")] = None,
+    num_queries: Annotated[int | None, Option(help="of vfm's hypernetwork")] = None,
+    scale: Annotated[float | None, Option(help="of vfm's output")] = None,
+    sublayers: Annotated[str | None, Option(help="with vfm: attn,mlp or one of them")] = None,
+    layers: Annotated[
+        str | None, Option(help="blocks with vfm, such as 2,5,8,11; default: all")
+    ] = None,
+    gradient_checkpointing: Annotated[
+        bool, Option("--gradient-checkpointing", help="less memory, more time")
+    ] = False,
     split: Annotated[str | None, Option(help="of the data, to train on")] = None,
     eval_data: Annotated[
         Path | None, Option(help="to evaluate on; default: every fifth image of the data")
@@ -51,12 +70,31 @@ def train(
         Literal["auto", "never"], Option(help="auto: go on with the run in OUT if there is one")
     ] = "never",
 ) -> None:
-    """Adapt SAM to a task. Several GPUs: torchrun --nproc-per-node N -m vfmk train ..."""
+    """Adapt SAM to a task.
+
+    Options of vfm that are not given are as in vfmk.VFMAdapterConfig.
+
+    Several GPUs: torchrun --nproc-per-node N -m -- vfmk train ..., or with the weights shared out
+    between them accelerate launch --use_fsdp --num_processes N -m vfmk train ...
+    """
+    vfm: dict[str, Any] = {
+        "conv": conv,
+        "kernel_size": kernel_size,
+        "global_branch": global_branch,
+        "num_heads": num_heads,
+        "token_dim": token_dim,
+        "low_dim": low_dim,
+        "num_queries": num_queries,
+        "scale": scale,
+        "sublayers": None if sublayers is None else sublayers.split(","),
+    }
     with plain_errors("train", "lora" if adapter == "lora" else "train"):
         from vfmk.tasks.build import ModelConfig
         from vfmk.train.config import TrainConfig
         from vfmk.train.run import DataConfig, train_run
 
+        if layers is not None:
+            vfm["layers_to_transform"] = _indices(layers)
         model_config = ModelConfig(
             task=task,
             model=model,
@@ -65,6 +103,8 @@ def train(
             rank=rank,
             dropout=dropout,
             modules_to_save=tuple(train_module or ()),
+            vfm={name: value for name, value in vfm.items() if value is not None},
+            gradient_checkpointing=gradient_checkpointing,
         )
         data_config = DataConfig(
             path=str(data),
@@ -97,6 +137,7 @@ def train(
                 out,
                 resume=resume == "auto",
                 progress=bar,
+                on_skipped=list_skipped,
             )
     table = Table("", "before", "at the end", f"best, step {result.best_step}")
     for name in result.best:
@@ -105,3 +146,10 @@ def train(
     console = terminal()
     console.print(table)
     console.print(f"weights, metrics and pictures: {out}")
+
+
+def _indices(layers: str) -> list[int]:
+    try:
+        return [int(index) for index in layers.split(",")]
+    except ValueError:
+        raise ValueError(f"--layers must be indices such as 2,5,8,11, got {layers!r}") from None

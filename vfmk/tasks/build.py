@@ -1,8 +1,9 @@
 """A task by name, on a Sam with what shall be trained."""
 
 import re
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -33,6 +34,9 @@ class ModelConfig:
         rank: of adapters.
         dropout: in adapters.
         modules_to_save: submodules of the Sam that "vfm" and "lora" train too, by dotted name.
+        vfm: further fields of `vfmk.VFMAdapterConfig` for "vfm", by name.
+        gradient_checkpointing: keep one tensor for each block of the encoder and compute the rest
+            again in the backward; not with "decoder", whose encoder has none.
     """
 
     task: TaskName
@@ -42,13 +46,15 @@ class ModelConfig:
     rank: int = 32
     dropout: float = 0.1
     modules_to_save: tuple[str, ...] = ()
+    vfm: Mapping[str, Any] = field(default_factory=dict)
+    gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
-        for field, known in (("task", TASKS), ("adapter", ADAPTERS)):
-            if getattr(self, field) not in known:
+        for name, known in (("task", TASKS), ("adapter", ADAPTERS)):
+            if getattr(self, name) not in known:
                 raise ValueError(
-                    f"ModelConfig: {field} must be one of {', '.join(known)},"
-                    f" got {getattr(self, field)!r}"
+                    f"ModelConfig: {name} must be one of {', '.join(known)},"
+                    f" got {getattr(self, name)!r}"
                 )
         if self.rank < 1:
             raise ValueError(f"ModelConfig: rank must be at least 1, got {self.rank}")
@@ -58,6 +64,28 @@ class ModelConfig:
                 f"ModelConfig: modules_to_save goes with the adapters vfm and lora,"
                 f" not with {self.adapter}"
             )
+        if self.gradient_checkpointing and self.adapter == "decoder":
+            raise ValueError(
+                "ModelConfig: gradient_checkpointing is of the encoder, which adapter 'decoder'"
+                " does not train"
+            )
+        if self.adapter == "vfm":
+            self.vfm_config()
+        elif self.vfm:
+            raise ValueError(
+                f"ModelConfig: {', '.join(self.vfm)} must go with adapter 'vfm', got"
+                f" {self.adapter!r}"
+            )
+
+    def vfm_config(self) -> VFMAdapterConfig:
+        own = ("rank", "dropout", "modules_to_save")
+        known = [f.name for f in fields(VFMAdapterConfig) if f.name not in own]
+        if strange := self.vfm.keys() - set(known):
+            raise ValueError(
+                f"ModelConfig: vfm must have fields among {', '.join(known)},"
+                f" got {', '.join(sorted(strange))}"
+            )
+        return VFMAdapterConfig(**{name: getattr(self, name) for name in own}, **self.vfm)
 
 
 def build_task(config: ModelConfig, classes: list[str]) -> Task:
@@ -70,8 +98,12 @@ def build_task(config: ModelConfig, classes: list[str]) -> Task:
         ImportError: "lora" without peft.
         ValueError: see `ModelConfig` and `vfmk.load_sam`.
     """
+    from vfmk.sam.block import checkpoint_blocks
+
     sam = accelerate(load_sam(config.model, config.checkpoint))
     task = _with_head(config.task, _adapted(sam, config), len(classes))
+    if config.gradient_checkpointing:
+        checkpoint_blocks(sam.image_encoder, True)
     for module in task.unused:
         module.requires_grad_(False)
     return task
@@ -79,12 +111,7 @@ def build_task(config: ModelConfig, classes: list[str]) -> Task:
 
 def _adapted(sam: "Sam", config: ModelConfig) -> "Sam | AdaptedSam":
     if config.adapter == "vfm":
-        return get_adapted_model(
-            sam,
-            VFMAdapterConfig(
-                rank=config.rank, dropout=config.dropout, modules_to_save=config.modules_to_save
-            ),
-        )
+        return get_adapted_model(sam, config.vfm_config())
     if config.adapter == "lora":
         _inject_lora(sam, config)
     elif config.adapter == "decoder":

@@ -18,7 +18,7 @@ from torchvision.ops import MultiScaleRoIAlign
 
 from vfmk.data.dataset import Target, TaskName
 from vfmk.tasks.pyramid import SimpleFeaturePyramid
-from vfmk.tasks.task import Task
+from vfmk.tasks.task import Evaluation, Task
 
 if TYPE_CHECKING:
     from segment_anything.modeling import Sam
@@ -124,7 +124,7 @@ class InstanceTask(DetectionTask):
         return DetectionEvaluation(("bbox", "segm"))
 
 
-class DetectionEvaluation:
+class DetectionEvaluation(Evaluation):
     """COCO's mean average precision by torchmetrics: "box_map", "box_map_50", and with masks
     "mask_map", "mask_map_50". Crowds are ignored as COCO does."""
 
@@ -132,10 +132,14 @@ class DetectionEvaluation:
         from torchmetrics.detection import MeanAveragePrecision
 
         names = {"bbox": "box", "segm": "mask"}
-        self.metrics = {
-            names[kind]: MeanAveragePrecision(iou_type=kind, backend="faster_coco_eval")
-            for kind in kinds
-        }
+        super().__init__(
+            {
+                names[kind]: MeanAveragePrecision(
+                    iou_type=kind, backend="faster_coco_eval", sync_on_compute=False
+                )
+                for kind in kinds
+            }
+        )
 
     def update(self, prediction: Mapping[str, Any], truth: Mapping[str, Any]) -> None:
         keys = ("boxes", "labels", "masks", "iscrowd")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vfmk.data.sample import deepest_point
 from vfmk.tasks.losses import prompted_losses
 from vfmk.tasks.prompts import decode, draw_box, draw_point
-from vfmk.tasks.task import Target, Task, at_original_size
+from vfmk.tasks.task import Evaluation, Target, Task, at_original_size
 
 if TYPE_CHECKING:
     from segment_anything.modeling import Sam
@@ -78,25 +78,27 @@ class PromptableTask(Task):
         return PromptableEvaluation()
 
 
-class PromptableEvaluation:
+class PromptableEvaluation(Evaluation):
     """ "iou" and "dice": means over masks of torchmetrics' binary_jaccard_index and
     binary_f1_score."""
 
     def __init__(self) -> None:
         from torchmetrics import MeanMetric
 
-        self.means = {name: MeanMetric().set_dtype(torch.float64) for name in ("iou", "dice")}
+        super().__init__(
+            {
+                name: MeanMetric(sync_on_compute=False).set_dtype(torch.float64)
+                for name in ("iou", "dice")
+            }
+        )
 
     def update(self, prediction: Mapping[str, Any], truth: Mapping[str, Any]) -> None:
         from torchmetrics.functional.classification import binary_f1_score, binary_jaccard_index
 
         for mask, expected in zip(prediction["masks"], truth["masks"], strict=True):
             pair = torch.as_tensor(mask), torch.as_tensor(expected)
-            self.means["iou"].update(binary_jaccard_index(*pair))
-            self.means["dice"].update(binary_f1_score(*pair))
-
-    def compute(self) -> dict[str, float]:
-        return {name: mean.compute().item() for name, mean in self.means.items()}
+            self.metrics["iou"].update(binary_jaccard_index(*pair))
+            self.metrics["dice"].update(binary_f1_score(*pair))
 
 
 def _draw_prompts(target: Target, rng: np.random.Generator, count: int, mask_size: int) -> Target:

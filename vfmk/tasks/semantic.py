@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from vfmk.data.dataset import IGNORE
 from vfmk.tasks.losses import semantic_losses
 from vfmk.tasks.pyramid import SimpleFeaturePyramid, normalisation
-from vfmk.tasks.task import Target, Task, at_original_size
+from vfmk.tasks.task import Evaluation, Target, Task, at_original_size
 
 if TYPE_CHECKING:
     from segment_anything.modeling import Sam
@@ -78,16 +78,19 @@ class SemanticTask(Task):
         return SemanticEvaluation(self.num_classes)
 
 
-class SemanticEvaluation:
+class SemanticEvaluation(Evaluation):
     """ "miou" and "dice": over all labelled pixels of the data set, the mean over classes; those
     neither there nor predicted are left out."""
 
     def __init__(self, num_classes: int) -> None:
-        from torchmetrics import MetricCollection
         from torchmetrics.classification import MulticlassF1Score, MulticlassJaccardIndex
 
-        options: dict[str, Any] = {"ignore_index": IGNORE, "average": "macro"}
-        self.metrics = MetricCollection(
+        options: dict[str, Any] = {
+            "ignore_index": IGNORE,
+            "average": "macro",
+            "sync_on_compute": False,
+        }
+        super().__init__(
             {
                 "miou": MulticlassJaccardIndex(num_classes, **options),
                 "dice": MulticlassF1Score(num_classes, **options),
@@ -96,7 +99,5 @@ class SemanticEvaluation:
 
     def update(self, prediction: Mapping[str, Any], truth: Mapping[str, Any]) -> None:
         expected = torch.as_tensor(truth["semantic"]).long()
-        self.metrics.update(prediction["semantic"][None], expected[None])
-
-    def compute(self) -> dict[str, float]:
-        return {name: value.item() for name, value in self.metrics.compute().items()}
+        for metric in self.metrics.values():
+            metric.update(prediction["semantic"][None], expected[None])

@@ -1,7 +1,7 @@
 """What the training loop knows of a task."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -12,15 +12,35 @@ from vfmk.sam.adapt import AdaptedSam
 
 if TYPE_CHECKING:
     from segment_anything.modeling import Sam
+    from torchmetrics import Metric
 
 
-class Evaluation(Protocol):
-    """Scores over a data set; torchmetrics gathers them from all processes."""
+class Evaluation:
+    """Scores over a data set, by torchmetrics.
+
+    Each process updates one of its own with its share of the images, and they are merged; the
+    metrics are made with sync_on_compute=False, since their own synchronisation needs as many
+    images in every process.
+    """
+
+    def __init__(self, metrics: "Mapping[str, Metric]") -> None:
+        self.metrics = metrics
 
     def update(self, prediction: Mapping[str, Any], truth: Mapping[str, Any]) -> None:
         """One image at its own size."""
+        raise NotImplementedError
 
-    def compute(self) -> dict[str, float]: ...
+    def merge(self, other: "Evaluation") -> None:
+        """The images of another of the same kind, after this one's own."""
+        for name, metric in self.metrics.items():
+            added: dict[str, Any] = other.metrics[name].metric_state
+            for key, state in metric.metric_state.items():
+                setattr(
+                    metric, key, state + added[key]
+                )  # sums, and lists of an item for each image
+
+    def compute(self) -> dict[str, float]:
+        return {name: metric.compute().item() for name, metric in self.metrics.items()}
 
 
 class Task(nn.Module):

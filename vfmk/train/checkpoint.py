@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vfmk._files import write_whole
+from vfmk.train.shards import shared_out, whole
 
 LAST, BEST = "last.pt", "best.pt"
 
@@ -40,7 +41,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def trained_weights(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    return {name: parameter.detach().cpu().clone() for name, parameter in parameters.items()}
+    """Copies on the CPU. With FSDP, every process must call this."""
+    return {name: whole(p.detach()).cpu().clone() for name, p in parameters.items()}
 
 
 def load_weights(parameters: Mapping[str, nn.Parameter], weights: Mapping[str, Tensor]) -> None:
@@ -61,7 +63,7 @@ def load_weights(parameters: Mapping[str, nn.Parameter], weights: Mapping[str, T
         raise ValueError(f"load_weights: the checkpoint {'; '.join(faults[:5])}{more}")
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(weights[name])
+            parameter.copy_(shared_out(weights[name], parameter))
 
 
 def random_state() -> dict[str, Any]:

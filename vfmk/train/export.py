@@ -19,7 +19,15 @@ from vfmk._files import write_whole
 from vfmk.sam.adapt import AdaptedSam
 from vfmk.tasks import pictures
 from vfmk.tasks.task import Task
-from vfmk.train.run import CONFIG, METRICS, load_run, losses, write_json
+from vfmk.train.run import (
+    CONFIG,
+    METRICS,
+    draw_grid,
+    held_out_images,
+    load_run,
+    losses,
+    write_json,
+)
 
 TOLERANCE = 1e-3  # of the largest value; other operators and fused kernels round otherwise
 PROGRAM, ONNX = "encoder.pt2", "encoder.onnx"
@@ -31,6 +39,7 @@ class ExportResult(NamedTuple):
     program_error: float
     onnx_error: float | None
     onnx_impossible: str  # why there is no ONNX file; "" where there is one
+    grid_impossible: str  # the same of grid.png
 
 
 class Encoder(nn.Module):
@@ -52,9 +61,11 @@ class Encoder(nn.Module):
 
 
 def export_run(run: Path, out: Path) -> ExportResult:
-    """Write the encoder of a run's best weights into `out`, with config.json and metrics.json.
+    """Write the encoder of a run's best weights into `out`, and a report.
 
-    Each file is loaded and run on an image that the tracing did not see, against the eager encoder.
+    The report is config.json, metrics.json, loss.png and, where the run's data are at hand,
+    grid.png. Each program is loaded and run on an image that the tracing did not see, against the
+    eager encoder.
 
     Raises:
         FileNotFoundError, ValueError: `run` is no training.
@@ -79,7 +90,8 @@ def export_run(run: Path, out: Path) -> ExportResult:
     impossible, onnx_error = _write_onnx(plain, example, out / ONNX), None
     if not impossible:
         onnx_error = _checked_error(_run_onnx(out / ONNX, image), expected, ONNX)
-    result = ExportResult(program_error, onnx_error, impossible)
+    no_grid = _draw_grid(out / "grid.png", task, document)
+    result = ExportResult(program_error, onnx_error, impossible, no_grid)
     write_json(out / CONFIG, document)
     write_json(out / METRICS, result._asdict())
     pictures.draw_loss(out / "loss.png", losses(run))
@@ -118,6 +130,17 @@ def _write_onnx(program: ExportedProgram, example: Tensor, path: Path) -> str:
         return f"torch.onnx.export cannot write this encoder: {error}"
     assert exported is not None
     write_whole(path, exported.model_proto.SerializeToString())
+    return ""
+
+
+def _draw_grid(path: Path, task: Task, document: dict[str, Any]) -> str:
+    """Draw it; where the run's data are gone or changed, say so."""
+    try:
+        images = held_out_images(task, document)
+    except (OSError, ValueError) as error:
+        path.unlink(missing_ok=True)
+        return str(error)
+    draw_grid(path, task, images, document)
     return ""
 
 

@@ -1,8 +1,7 @@
-"""The training loop, on Hugging Face accelerate: one process or several, each its own batches."""
+"""The training loop: one process or several, each its own batches."""
 
 import contextlib
-import dataclasses
-import json
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -10,21 +9,23 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import DataLoader, Subset
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+from torch.utils.data import DataLoader
 
-from vfmk._files import write_whole
 from vfmk.tasks.build import trainable
 from vfmk.tasks.task import Task
 from vfmk.train import checkpoint
+from vfmk.train import resume as resuming
+from vfmk.train.averaging import averaged, moving_average
 from vfmk.train.config import TrainConfig
+from vfmk.train.evaluation import evaluate
+from vfmk.train.log import LOG, Log
+from vfmk.train.processes import start_accelerator
+from vfmk.train.shards import whole
 from vfmk.train.stream import EvaluationImages, StreamSampler, TrainingImages
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-LOG = "log.jsonl"
-FREE_FIELDS = ("checkpoint_every", "workers")  # of TrainConfig, which may change on resuming
 
 
 class TrainResult(NamedTuple):
@@ -54,7 +55,10 @@ def train(
     processes, "lr", "seconds" and "images_per_second"; after an evaluation there is one with
     "step" and "evaluation". A run that was killed and is resumed ends at the same weights, bit for
     bit, as one that was not (on a GPU, where PyTorch's own operators repeat themselves). Start
-    several processes with torchrun or accelerate launch.
+    several processes with torchrun or accelerate launch (`vfmk.train.processes`); the first alone
+    reads and writes `out`, and a reason below that stops one of them stops all with its message.
+    Only where no gradient reaches a part in some of them is it left to the launcher to stop the
+    others.
 
     Args:
         resume: go on from `out`/last.pt if there is one.
@@ -65,7 +69,7 @@ def train(
     Raises:
         FileExistsError: `out` holds a run and it is not to be resumed.
         ValueError: no images; nothing to train; a loss or a parameter that no gradient reaches;
-            another run's checkpoint.
+            another run's checkpoint; what `start_accelerator` refuses.
         FloatingPointError: a loss or gradient that is not finite, with the step, the files and what
             was not finite. The checkpoint is then the last good one.
     """
@@ -75,19 +79,15 @@ def train(
     if not len(training.dataset) or not len(evaluation):
         empty = "evaluation" if len(training.dataset) else "training"
         raise ValueError(f"train: there are no images for {empty}")
-    out.mkdir(parents=True, exist_ok=True)
-    last = out / checkpoint.LAST
-    if last.exists() and not resume:
-        raise FileExistsError(f"train: {out} holds a run; resume it or choose another folder")
-
     accelerator = start_accelerator(config.precision)
+    fixed = resuming.fixed_of(config, identity or {}, accelerator)
+    found = resuming.state_in(out, fixed, resume, accelerator)
+
     batches_per_step = config.accumulation * accelerator.num_processes
     images_per_step = config.batch_size * batches_per_step
     length = len(training.dataset)
     steps = max(1, round(config.epochs * length / images_per_step))
     eval_steps = max(1, round(config.eval_every * length / images_per_step))
-    fixed = _fixed(config, {**(identity or {}), "processes": accelerator.num_processes})
-
     optimizer = torch.optim.AdamW(
         parameters.values(),
         lr=config.learning_rate,
@@ -95,16 +95,13 @@ def train(
         weight_decay=config.weight_decay,
     )
     model, optimizer = accelerator.prepare(task, optimizer)
-    ema = _moving_average(parameters, config.ema)
-    state: dict[str, Any]
-    if last.exists():
-        state = _resumed(last, fixed)
-        checkpoint.load_weights(parameters, state["weights"])
-        optimizer.load_state_dict(state["optimizer"])
-        if accelerator.scaler is not None:
-            accelerator.scaler.load_state_dict(state["scaler"])
-        if ema is not None:
-            ema.load_state_dict(state["ema"])
+    if isinstance(task, FSDPModule):
+        parameters = trainable(task)  # others now, shared out between the processes
+        register_fsdp_forward_method(task, "predict")
+    ema = moving_average(parameters, config.ema)
+    if found is not None:
+        state = found
+        resuming.restore(state, parameters, accelerator, optimizer, ema)
     else:
         from accelerate.utils import set_seed
 
@@ -112,27 +109,11 @@ def train(
         before = evaluate(task, evaluation, accelerator, config)
         state = {"fixed": fixed, "step": 0, "before": before, "last": before, "best": None}
     start = state["step"]
-    loader = DataLoader(
-        training,
-        batch_sampler=StreamSampler(
-            length,
-            config.batch_size,
-            seed=config.seed,
-            first=start * batches_per_step,
-            stop=steps * batches_per_step,
-            process=accelerator.process_index,
-            processes=accelerator.num_processes,
-        ),
-        num_workers=config.workers,
-        collate_fn=_collate(),
-        pin_memory=accelerator.device.type == "cuda",
-        generator=torch.Generator(),  # the workers' seeds must not move the global generator
-    )
-    batches = iter(loader)
-    if "random" in state:
+    batches = iter(_loader(training, config, accelerator, start, steps))
+    if found is not None:  # after the iterator, which draws
         checkpoint.set_random_state(state["random"][accelerator.process_index])
 
-    with _Log(out / LOG, start, accelerator.is_main_process) as log:
+    with Log(out / LOG, start, accelerator.is_main_process) as log:
         for step in range(start, steps):
             began = time.perf_counter()
             rate = config.rate(step, steps)
@@ -154,7 +135,7 @@ def train(
                 progress(done, steps, parts["loss"])
             is_evaluated = done % eval_steps == 0 or done == steps
             if is_evaluated:
-                with _averaged(parameters, ema):
+                with averaged(parameters, ema):
                     scores = evaluate(task, evaluation, accelerator, config)
                     log.write(step=step, evaluation=scores)
                     state["last"] = scores
@@ -169,84 +150,35 @@ def train(
                             )
             if is_evaluated or done % config.checkpoint_every == 0:
                 state["step"] = done
-                _save(last, state, parameters, accelerator, optimizer, ema)
+                resuming.save(out, state, parameters, accelerator, optimizer, ema)
     return TrainResult(
         state["before"], state["last"], state["best"]["scores"], state["best"]["step"], steps
     )
 
 
-@torch.no_grad()
-def evaluate(
-    task: Task, images: EvaluationImages, accelerator: "Accelerator", config: TrainConfig
-) -> dict[str, float]:
-    """The task's scores, the images shared out between processes; the mode is left as it was."""
-    own = range(accelerator.process_index, len(images), accelerator.num_processes)
-    loader = DataLoader(
-        Subset(images, own),
-        batch_size=config.batch_size,
-        num_workers=config.workers,
-        collate_fn=_collate(),
-        generator=torch.Generator(),
-    )
-    evaluation, was_training = task.evaluation(), task.training
-    task.eval()
-    try:
-        for batch in loader:
-            for prediction, truth in zip(*predict(task, batch, accelerator), strict=True):
-                evaluation.update(prediction, truth)
-    finally:
-        task.train(was_training)
-    return evaluation.compute()
-
-
-def predict(
-    task: Task, batch: tuple[Tensor, list[dict[str, Any]]], accelerator: "Accelerator"
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Predictions and truths for a batch of `EvaluationImages`, at the images' own sizes."""
-    from accelerate.utils import send_to_device
-
-    images, targets = batch
-    truths = [target["truth"] for target in targets]
-    bare = [{key: value for key, value in t.items() if key != "truth"} for t in targets]
-    images, bare = send_to_device((images, bare), accelerator.device)
-    with accelerator.autocast():
-        return task.predict(images, bare), truths
-
-
-def start_accelerator(precision: str) -> "Accelerator":
-    """Accelerate's handle on this process and the others, if it was started with others."""
-    from accelerate import Accelerator, InitProcessGroupKwargs
-
-    handlers = []
-    if torch.cuda.is_available():  # scores are gathered on the CPU
-        handlers = [InitProcessGroupKwargs(backend="cpu:gloo,cuda:nccl")]
-    # Without an accelerator it would not join processes, unless told to keep to the CPU.
-    cpu = not torch.accelerator.is_available()
-    return Accelerator(cpu=cpu, mixed_precision=precision, kwargs_handlers=handlers)
-
-
-def _collate() -> Callable[[list[Any]], Any]:
+def _loader(
+    training: TrainingImages, config: TrainConfig, accelerator: "Accelerator", start: int, stop: int
+) -> DataLoader[Any]:
+    """This process's batches of the steps from `start` to before `stop`."""
     from vfmk.data import collate
 
-    return collate
-
-
-def _fixed(config: TrainConfig, identity: Mapping[str, Any]) -> dict[str, Any]:
-    fields = dataclasses.asdict(config)
-    kept = {name: value for name, value in fields.items() if name not in FREE_FIELDS}
-    return json.loads(json.dumps(kept | dict(identity)))
-
-
-def _resumed(path: Path, fixed: Mapping[str, Any]) -> dict[str, Any]:
-    state = checkpoint.load_checkpoint(path)
-    changed = [
-        f"{name} was {state['fixed'].get(name)!r}, is {fixed.get(name)!r}"
-        for name in sorted(fixed.keys() | state["fixed"].keys())
-        if state["fixed"].get(name) != fixed.get(name)
-    ]
-    if changed:
-        raise ValueError(f"train: {path} is of another run: {'; '.join(changed)}")
-    return state
+    batches_per_step = config.accumulation * accelerator.num_processes
+    return DataLoader(
+        training,
+        batch_sampler=StreamSampler(
+            len(training.dataset),
+            config.batch_size,
+            seed=config.seed,
+            first=start * batches_per_step,
+            stop=stop * batches_per_step,
+            process=accelerator.process_index,
+            processes=accelerator.num_processes,
+        ),
+        num_workers=config.workers,
+        collate_fn=collate,
+        pin_memory=accelerator.device.type == "cuda",
+        generator=torch.Generator(),  # the workers' seeds must not move the global generator
+    )
 
 
 def _step(
@@ -273,7 +205,11 @@ def _step(
             with accelerator.autocast():
                 parts = model(images, targets)
             loss = torch.stack([part.float() for part in parts.values()]).sum()
-            _check_loss(loss, parts, parameters, step, files)
+            if not loss.requires_grad:
+                raise ValueError(
+                    f"train: the loss at step {step} does not depend on what is trained,"
+                    f" {_some(list(parameters))}; files {_some(files)}"
+                )
             accelerator.backward(loss / config.accumulation)
         for name, part in {"loss": loss, **parts}.items():
             totals[name] = totals.get(name, 0) + part.detach().float() / config.accumulation
@@ -281,39 +217,46 @@ def _step(
         raise ValueError(
             f"train: at step {step} no gradient reached {_some(not_reached)}; files {_some(files)}"
         )
-    norm = accelerator.clip_grad_norm_(parameters.values(), config.max_grad_norm)
-    # Loss scaling meets overflows on its way and skips their steps.
-    if config.precision != "fp16" and not torch.as_tensor(norm).isfinite():
-        wrong = [name for name, p in parameters.items() if not _grad(p).isfinite().all()]
-        raise FloatingPointError(
-            f"train: gradient of norm {float(norm)} at step {step}, files {_some(files)}:"
-            f" not finite for {_some(wrong)}"
-        )
+    own = torch.stack(list(totals.values()))
+    means = accelerator.reduce(own, reduction="mean")
+    norm = whole(
+        torch.as_tensor(accelerator.clip_grad_norm_(parameters.values(), config.max_grad_norm))
+    )
+    # Means and norm are of all processes: all stop here or none does. An overflow of the gradient
+    # is what loss scaling expects, and skips.
+    if not means.isfinite().all() or not (norm.isfinite() or config.precision == "fp16"):
+        losses = dict(zip(totals, own.tolist(), strict=True))
+        raise FloatingPointError(_what_is_not_finite(losses, norm, parameters, step, files))
     optimizer.step()
-    means = accelerator.reduce(torch.stack(list(totals.values())), reduction="mean").tolist()
-    return dict(zip(totals, means, strict=True))
+    return dict(zip(totals, means.tolist(), strict=True))
 
 
-def _check_loss(
-    loss: Tensor,
-    parts: Mapping[str, Tensor],
+def _what_is_not_finite(
+    losses: Mapping[str, float],
+    norm: Tensor,
     parameters: Mapping[str, nn.Parameter],
     step: int,
     files: Sequence[str],
-) -> None:
-    if not loss.isfinite():
-        wrong = [f"{name} is {part.item()}" for name, part in parts.items() if not part.isfinite()]
-        weights = [name for name, p in parameters.items() if not p.isfinite().all()]
+) -> str:
+    """The message, with what is wrong in other processes; all of them call this."""
+    from accelerate.utils import gather_object
+
+    faults = []
+    weights = [name for name, p in parameters.items() if not whole(p).isfinite().all()]
+    if not math.isfinite(losses["loss"]):
+        wrong = [f"{name} is {value}" for name, value in losses.items() if not math.isfinite(value)]
         cause = f"weights of {_some(weights)} are not finite" if weights else "weights are finite"
-        raise FloatingPointError(
-            f"train: loss {loss.item()} at step {step}, files {_some(files)}:"
-            f" {', '.join(wrong)}; {cause}"
-        )
-    if not loss.requires_grad:
-        raise ValueError(
-            f"train: the loss at step {step} does not depend on what is trained,"
-            f" {_some(list(parameters))}; files {_some(files)}"
-        )
+        faults = [
+            f"train: loss {losses['loss']} at step {step}, files {_some(files)}:"
+            f" {', '.join(wrong[1:])}; {cause}"
+        ]
+    if faults := gather_object(faults):
+        return "\n".join(faults)
+    infinite = [name for name, p in parameters.items() if not whole(_grad(p)).isfinite().all()]
+    return (
+        f"train: gradient of norm {norm.item()} at step {step}, files"
+        f" {_some(gather_object(list(files)))}: not finite for {_some(infinite)}"
+    )
 
 
 def _grad(parameter: nn.Parameter) -> Tensor:
@@ -324,87 +267,3 @@ def _grad(parameter: nn.Parameter) -> Tensor:
 def _some(names: Sequence[str], shown: int = 8) -> str:
     more = f" and {len(names) - shown} more" if len(names) > shown else ""
     return ", ".join(names[:shown]) + more
-
-
-def _moving_average(parameters: Mapping[str, nn.Parameter], decay: float) -> AveragedModel | None:
-    """Of the trained parameters alone; the frozen ones would only take memory."""
-    if not decay:
-        return None
-    own = nn.ParameterList(parameters.values())
-    return AveragedModel(own, multi_avg_fn=get_ema_multi_avg_fn(decay))
-
-
-@contextlib.contextmanager
-@torch.no_grad()
-def _averaged(parameters: Mapping[str, nn.Parameter], ema: AveragedModel | None) -> Iterator[None]:
-    """The averaged weights in place of the trained ones, inside the block."""
-    if ema is None:
-        yield
-        return
-    own = [parameter.detach().clone() for parameter in parameters.values()]
-    for parameter, mean in zip(parameters.values(), ema.parameters(), strict=True):
-        parameter.copy_(mean)
-    try:
-        yield
-    finally:
-        for parameter, value in zip(parameters.values(), own, strict=True):
-            parameter.copy_(value)
-
-
-def _save(
-    path: Path,
-    state: Mapping[str, Any],
-    parameters: Mapping[str, nn.Parameter],
-    accelerator: "Accelerator",
-    optimizer: Any,
-    ema: AveragedModel | None,
-) -> None:
-    from accelerate.utils import gather_object
-
-    random_states = gather_object([checkpoint.random_state()])
-    if accelerator.is_main_process:
-        scaler = accelerator.scaler
-        checkpoint.save_checkpoint(
-            path,
-            {
-                **state,
-                "weights": checkpoint.trained_weights(parameters),
-                "optimizer": optimizer.state_dict(),
-                "scaler": None if scaler is None else scaler.state_dict(),
-                "ema": None if ema is None else ema.state_dict(),
-                "random": random_states,
-            },
-        )
-    accelerator.wait_for_everyone()
-
-
-class _Log:
-    """A JSON document for each line; on resuming, lines after the checkpoint are dropped."""
-
-    def __init__(self, path: Path, start: int, is_writer: bool) -> None:
-        self.path, self.start, self.is_writer = path, start, is_writer
-
-    def __enter__(self) -> "_Log":
-        if self.is_writer:
-            kept = [line for line in read_log(self.path) if line["step"] < self.start]
-            write_whole(self.path, "".join(json.dumps(line) + "\n" for line in kept).encode())
-            self.file = self.path.open("a")
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self.is_writer:
-            self.file.close()
-
-    def write(self, **line: Any) -> None:
-        if self.is_writer:
-            self.file.write(json.dumps(line) + "\n")
-            self.file.flush()
-
-
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """Its lines; one that a kill cut off is left out, and a file that is not there has none."""
-    lines = []
-    for text in path.read_text().splitlines() if path.exists() else []:
-        with contextlib.suppress(json.JSONDecodeError):
-            lines.append(json.loads(text))
-    return lines

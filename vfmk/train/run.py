@@ -1,6 +1,6 @@
 """A run from data on disk to a folder with weights and a report.
 
-config.json    what was asked for, the classes, digests of the data
+config.json    what was asked for, the classes, digests of the data, what `skip_bad` left out
 log.jsonl      a line for each step and evaluation
 last.pt        to resume from; best.pt: the weights of the best evaluation
 adapter/       with "vfm", the best weights for `vfmk.AdaptedSam.from_pretrained`
@@ -10,13 +10,11 @@ loss.png, grid.png    the loss; image, truth, before and after for some evaluati
 
 import dataclasses
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import Subset
 
 from vfmk._files import write_whole
 from vfmk.data.dataset import TaskName
@@ -27,31 +25,15 @@ from vfmk.tasks.build import ModelConfig, build_task, trainable
 from vfmk.tasks.task import Task
 from vfmk.train import checkpoint
 from vfmk.train.config import TrainConfig
-from vfmk.train.loop import LOG, TrainResult, evaluate, predict, read_log, start_accelerator, train
+from vfmk.train.datasets import DataConfig, open_all, open_one
+from vfmk.train.evaluation import evaluate, predict
+from vfmk.train.log import LOG, read_log
+from vfmk.train.loop import TrainResult, train
+from vfmk.train.processes import from_first, start_accelerator
 from vfmk.train.stream import EvaluationImages, TrainingImages
 
-HELD_OUT = 5  # every fifth image is for evaluation, where no data is named for it
 PICTURES = 8
 CONFIG, METRICS = "config.json", "metrics.json"
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Where the images are, as `vfmk.data.open_dataset` takes it.
-
-    Args:
-        path: of the training data.
-        split: of it.
-        eval_path, eval_split: the same for evaluation; with neither, every fifth image of the
-            training data is held out.
-        skip_bad: leave unreadable images out instead of refusing them.
-    """
-
-    path: str
-    split: str | None = None
-    eval_path: str | None = None
-    eval_split: str | None = None
-    skip_bad: bool = False
 
 
 def train_run(
@@ -62,9 +44,20 @@ def train_run(
     *,
     resume: bool = False,
     progress: Callable[[int, int, float], None] = lambda step, steps, loss: None,
+    on_skipped: Callable[[Sequence[str]], None] = lambda reasons: None,
 ) -> TrainResult:
-    """Train and write the report into `out`; see `vfmk.train.loop.train` for what it raises."""
-    training, evaluation, classes, digests = _datasets(model, data)
+    """Train and write the report into `out`; see `vfmk.train.loop.train` for what it raises.
+
+    Args:
+        on_skipped: called in every process, before the first step, with why `skip_bad` left
+            records out, if it did.
+    """
+    from vfmk.data import digest
+
+    training, evaluation, classes, opened = open_all(model.task, data)
+    skipped = [reason for dataset in opened.values() for reason in dataset.skipped]
+    if skipped:
+        on_skipped(skipped)
     task = _seeded_task(model, classes, config.seed)
     size = task.sam.image_encoder.img_size
     document: dict[str, Any] = {
@@ -72,16 +65,20 @@ def train_run(
         "data": dataclasses.asdict(data),
         "train": dataclasses.asdict(config),
         "classes": classes,
-        "digest": digests,
+        "digest": {name: digest(dataset) for name, dataset in opened.items()},
+        "skipped": skipped,
         "frozen": _frozen(task),
         "trainable_parameters": sum(p.numel() for p in trainable(task).values()),
         "all_parameters": sum(p.numel() for p in task.parameters()),
     }
     accelerator = start_accelerator(config.precision)
-    if accelerator.is_main_process and not (out / checkpoint.LAST).exists():
-        write_json(out / CONFIG, document)
-    accelerator.wait_for_everyone()
-    evaluation_images = _evaluation_images(task, evaluation, size)
+
+    def announce() -> None:
+        if not (out / checkpoint.LAST).exists():
+            write_json(out / CONFIG, document)
+
+    from_first(accelerator, announce)
+    evaluation_images = _evaluation_images(task, evaluation)
     result = train(
         task,
         TrainingImages(training, _transform(model.task, size, True), task.prepare, config.seed),
@@ -93,51 +90,61 @@ def train_run(
         progress=progress,
     )
     if accelerator.is_main_process:
-        best = checkpoint.load_checkpoint(out / checkpoint.BEST)
-        checkpoint.load_weights(trainable(task), best["weights"])
+        # With FSDP, the task that was trained has but a share of its weights here.
+        task = _with_best_weights(_seeded_task(model, classes, config.seed), out)
         if isinstance(task.model, AdaptedSam):
             task.model.save_pretrained(out / "adapter")
         write_json(out / METRICS, result._asdict())
         pictures.draw_loss(out / "loss.png", losses(out))
-        before = _seeded_task(model, classes, config.seed)
-        _draw(out / "grid.png", before, task, evaluation_images, classes, config.precision)
+        draw_grid(out / "grid.png", task, evaluation_images, document)
     return result
 
 
 def evaluate_run(
-    run: Path, data: DataConfig, out: Path, *, batch_size: int | None = None, workers: int = 0
+    run: Path,
+    data: DataConfig,
+    out: Path,
+    *,
+    batch_size: int | None = None,
+    workers: int = 0,
+    on_skipped: Callable[[Sequence[str]], None] = lambda reasons: None,
 ) -> dict[str, float]:
     """Score a run's best weights on all of `data.path`, and write the report into `out`.
 
+    Args:
+        on_skipped: as in `train_run`.
+
     Raises:
         FileNotFoundError, ValueError: `run` is no finished or running training.
+        FileExistsError: `out` holds another report.
     """
-    from vfmk.data import digest, open_dataset
+    from vfmk.data import digest
 
     task, document = load_run(run)
     config = TrainConfig(**document["train"])
     model, classes = ModelConfig(**document["model"]), document["classes"]
-    dataset = open_dataset(
-        Path(data.path),
-        model.task,
-        split=data.split,
-        skip_bad=data.skip_bad,
-        classes=_labels(model.task, classes),
-    )
+    dataset = open_one(model.task, data.path, data.split, data.skip_bad, classes)
+    if dataset.skipped:
+        on_skipped(dataset.skipped)
+    asked: dict[str, Any] = {
+        "run": str(run),
+        "data": dataclasses.asdict(data),
+        "digest": digest(dataset),
+        "skipped": dataset.skipped,
+    }
     accelerator = start_accelerator(config.precision)
+    from_first(accelerator, lambda: _check_report(out, asked["digest"]))
     task.to(accelerator.device)
-    images = _evaluation_images(task, dataset, task.sam.image_encoder.img_size)
+    images = _evaluation_images(task, dataset)
     chosen = dataclasses.replace(
         config, batch_size=batch_size or config.batch_size, workers=workers
     )
     scores = evaluate(task, images, accelerator, chosen)
     if accelerator.is_main_process:
-        asked = {"run": str(run), "data": dataclasses.asdict(data), "digest": digest(dataset)}
         write_json(out / CONFIG, {**document, "evaluation": asked})
         write_json(out / METRICS, scores)
         pictures.draw_loss(out / "loss.png", losses(run))
-        before = _seeded_task(model, classes, config.seed)
-        _draw(out / "grid.png", before, task, images, classes, config.precision)
+        draw_grid(out / "grid.png", task, images, document)
     return scores
 
 
@@ -159,40 +166,38 @@ def load_run(run: Path) -> tuple[Task, dict[str, Any]]:
             f"load_run: {run} was trained on other frozen weights: fingerprint"
             f" {document['frozen'][:12]}…, {model.checkpoint or model.model} has {frozen[:12]}…"
         )
-    best = checkpoint.load_checkpoint(run / checkpoint.BEST)
-    checkpoint.load_weights(trainable(task), best["weights"])
-    return task.eval().requires_grad_(False), document
+    return _with_best_weights(task, run).eval().requires_grad_(False), document
 
 
-def _datasets(model: ModelConfig, data: DataConfig) -> tuple[Any, Any, list[str], dict[str, str]]:
-    """For training and for evaluation, the classes, and the digests of what was opened."""
-    from vfmk.data import digest, open_dataset
-
-    training = open_dataset(Path(data.path), model.task, split=data.split, skip_bad=data.skip_bad)
-    classes, digests = list(training.classes), {"training": digest(training)}
-    if data.eval_path is None and data.eval_split is None:
-        held_out = range(HELD_OUT - 1, len(training), HELD_OUT)
-        kept = [index for index in range(len(training)) if index not in held_out]
-        return Subset(training, kept), Subset(training, held_out), classes, digests
-    evaluation = open_dataset(
-        Path(data.eval_path or data.path),
-        model.task,
-        split=data.eval_split,
-        skip_bad=data.skip_bad,
-        classes=_labels(model.task, classes),
-    )
-    return training, evaluation, classes, digests | {"evaluation": digest(evaluation)}
+def held_out_images(task: Task, document: Mapping[str, Any]) -> EvaluationImages:
+    """Those that a run was evaluated on; raises as `vfmk.data.open_dataset`."""
+    model, data = ModelConfig(**document["model"]), DataConfig(**document["data"])
+    _, evaluation, _, _ = open_all(model.task, data)
+    return _evaluation_images(task, evaluation)
 
 
-def _labels(task: str, classes: list[str]) -> list[str] | None:
-    """What another set of the task must be labelled by; promptable objects have no classes."""
-    return None if task == "promptable" else classes
+def _check_report(out: Path, digest: str) -> None:
+    """That nothing but a report on the same data is overwritten."""
+    path = out / CONFIG
+    if path.exists():
+        report = json.loads(path.read_text()).get("evaluation", {})
+        if report.get("digest") != digest:
+            raise FileExistsError(
+                f"eval: {out} holds a report on {report.get('data', {}).get('path', 'other data')};"
+                " choose another folder by --out"
+            )
 
 
 def _seeded_task(model: ModelConfig, classes: list[str], seed: int) -> Task:
     """The task as training starts with it."""
     torch.manual_seed(seed)
     return build_task(model, classes)
+
+
+def _with_best_weights(task: Task, run: Path) -> Task:
+    best = checkpoint.load_checkpoint(run / checkpoint.BEST)
+    checkpoint.load_weights(trainable(task), best["weights"])
+    return task
 
 
 def _frozen(task: Task) -> str:
@@ -207,22 +212,21 @@ def _transform(task: TaskName, size: int, train: bool) -> Callable[..., Any]:
     return transforms(task, size, train)
 
 
-def _evaluation_images(task: Task, dataset: Any, size: int) -> EvaluationImages:
-    return EvaluationImages(dataset, _transform(task.name, size, False), task.prepare_evaluation)
+def _evaluation_images(task: Task, dataset: Any) -> EvaluationImages:
+    transform = _transform(task.name, task.sam.image_encoder.img_size, False)
+    return EvaluationImages(dataset, transform, task.prepare_evaluation)
 
 
 @torch.no_grad()
-def _draw(
-    path: Path,
-    before: Task,
-    after: Task,
-    images: EvaluationImages,
-    classes: list[str],
-    precision: str,
+def draw_grid(
+    path: Path, after: Task, images: EvaluationImages, document: Mapping[str, Any]
 ) -> None:
+    """Some images, their truths, and what is predicted before training and by `after`."""
     from vfmk.data import collate
 
-    accelerator = start_accelerator(precision)
+    config = TrainConfig(**document["train"])
+    before = _seeded_task(ModelConfig(**document["model"]), document["classes"], config.seed)
+    accelerator = start_accelerator(config.precision)
     rows = []
     for index in range(min(PICTURES, len(images))):
         original, truth = images.dataset[index]
@@ -232,7 +236,7 @@ def _draw(
             (prediction,), _ = predict(task, collate([images[index]]), accelerator)
             shown.append(prediction)
         rows.append((original, shown))
-    pictures.draw_predictions(path, rows, classes)
+    pictures.draw_predictions(path, rows, document["classes"])
 
 
 def losses(run: Path) -> list[float]:
