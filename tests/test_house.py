@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = [  # from the ground up; modules of one floor may import each other
-    {"vfmk.reference", "vfmk.kernels", "vfmk._files"},
+    {"vfmk.reference", "vfmk.kernels", "vfmk._files", "vfmk._state_dict"},
     {"vfmk._backends"},
     {"vfmk.ops"},
     {"vfmk.nn"},

@@ -1,3 +1,5 @@
+import copy
+
 import peft
 import pytest
 import torch
@@ -5,7 +7,9 @@ import torch
 import vfmk
 from vfmk import channels
 from vfmk.channels import ChannelMap
+from vfmk.sam.neck import MappedLayerNorm2d
 
+LORA = peft.LoraConfig(target_modules=["qkv"], init_lora_weights=False)
 MAP = ChannelMap(((0, 5), (5, 9), (60, 9)), 64)
 IMAGE = torch.randn(1, 3, 128, 128, generator=torch.Generator().manual_seed(0))
 
@@ -27,9 +31,16 @@ def adapted(sam):
 
 
 def with_lora(sam):
-    config = peft.LoraConfig(target_modules=["qkv"], init_lora_weights=False)
-    peft.inject_adapter_in_model(config, sam.image_encoder)
+    peft.inject_adapter_in_model(LORA, sam.image_encoder)
     return sam.eval()
+
+
+def in_a_peft_model(sam):
+    return vfmk.accelerate(peft.get_peft_model(sam, LORA)).eval()
+
+
+def lora_beneath_adapters(sam):
+    return adapted(with_lora(sam))
 
 
 @torch.no_grad()
@@ -38,21 +49,124 @@ def embedding(model):
     return sam.image_encoder(IMAGE)
 
 
-@pytest.mark.parametrize("kind", [plain, vfmk.accelerate, adapted, with_lora])
+def has_map(model) -> bool:
+    """Anywhere, in force or not."""
+    return any(isinstance(module, MappedLayerNorm2d) for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [plain, vfmk.accelerate, adapted, with_lora, in_a_peft_model, lora_beneath_adapters],
+)
 def test_gathers_channels_and_removes_without_a_trace(sam, kind):
     model = kind(sam)
     before, keys = embedding(model), list(model.state_dict())
     assert channels.apply(model, MAP) is model
-    torch.testing.assert_close(embedding(model), before[:, MAP.index], rtol=0, atol=1e-6)
+    assert torch.equal(embedding(model), before[:, MAP.index])
     assert list(model.state_dict()) == keys
     channels.remove(model)
     assert torch.equal(embedding(model), before)
+    assert not has_map(model)
+
+
+@pytest.fixture
+def with_necks(sam):
+    """Adapters that have no neck of their own, a neck, its last norm, its first convolution."""
+    model = vfmk.get_adapted_model(sam, vfmk.VFMAdapterConfig(rank=4), "plain")
+    for name, module in (("neck", "neck"), ("norm", "neck.3"), ("convolution", "neck.0")):
+        add_adapter(model, name, module)
+    return model.eval()
+
+
+def add_adapter(model, name, module):
+    """With weights away from where they start."""
+    model.add_adapter(name, vfmk.VFMAdapterConfig(rank=4, modules_to_save=(module,)))
+    generator = torch.Generator().manual_seed(len(model.adapters))
+    for part in (model.adapters[name], model.modules_to_save[name]):
+        for parameter in part.parameters():
+            parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator)
+
+
+def embeddings(model) -> dict:
+    """Of the base and of every adapter, by name."""
+    active, found = model.active_adapter, {}
+    for name in [*model.adapters, active]:
+        model.set_adapter(name)
+        found[name] = embedding(model)
+    with model.disable_adapter():
+        found["base"] = embedding(model)
+    return found
+
+
+@pytest.mark.parametrize("part", [lambda m: m, lambda m: m.sam, lambda m: m.sam.image_encoder])
+@pytest.mark.parametrize("active", ["plain", "neck", "norm"])
+def test_a_map_holds_whichever_adapter_is_active(with_necks, active, part):
+    model = with_necks
+    before, keys = embeddings(model), list(model.state_dict())
+    model.set_adapter(active)
+    channels.apply(part(model), MAP)
+    add_adapter(model, "later", "neck")
+    model.delete_adapter("convolution")
+    mapped = embeddings(model)
+    for name in ("base", "plain", "neck", "norm"):
+        assert torch.equal(mapped[name], before[name][:, MAP.index])
+    model.delete_adapter("later")
+    gone = ("convolution.", "base_modules.image_encoder/neck/0.")
+    assert list(model.state_dict()) == [k for k in keys if not any(part in k for part in gone)]
+
+    add_adapter(model, "idle", "neck")
+    with model.disable_adapter():
+        channels.remove(part(model))
+    assert not has_map(model)
+    model.delete_adapter("idle")
+    after = embeddings(model)
+    assert all(torch.equal(after[name], before[name]) for name in after)
+
+
+def test_a_map_is_not_saved_with_an_adapter(with_necks, tmp_path):
+    base = vfmk.load_sam("tiny")
+    before = embeddings(with_necks)["neck"]
+    channels.apply(with_necks, MAP).set_adapter("neck")
+    with_necks.save_pretrained(tmp_path)
+    loaded = vfmk.AdaptedSam.from_pretrained(base, tmp_path)
+    assert torch.equal(embedding(loaded), before)
+    channels.apply(loaded, MAP).load_adapter(tmp_path, "again")
+    loaded.set_adapter("again")
+    assert torch.equal(embedding(loaded), embedding(with_necks))
+
+
+def test_a_map_outlives_the_adapters_that_it_came_after_or_before(sam):
+    plain = embedding(channels.apply(copy.deepcopy(sam), MAP))
+    config = vfmk.VFMAdapterConfig(rank=4, modules_to_save=("neck",))
+    for early in (True, False):
+        model = vfmk.get_adapted_model(channels.apply(sam, MAP) if early else sam, config)
+        if not early:
+            channels.apply(model, MAP)
+        model.modules_to_save["default"]["image_encoder/neck"][3].bias.data += 1
+        assert not torch.equal(embedding(model), plain)
+        assert torch.equal(embedding(model.unload()), plain)
+        assert not has_map(channels.remove(sam))
 
 
 def test_on_an_image_encoder(sam):
     before = embedding(sam)
     channels.apply(sam.image_encoder, MAP)
-    torch.testing.assert_close(embedding(sam), before[:, MAP.index], rtol=0, atol=1e-6)
+    assert torch.equal(embedding(sam), before[:, MAP.index])
+
+
+@pytest.mark.parametrize(
+    "pairs", [(), ((0, 5),), tuple((i, (i + 1) % 64) for i in range(64))], ids=len
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_keeps_every_bit(sam, pairs, dtype, autocast):
+    map, image = ChannelMap(pairs, 64), IMAGE.to(dtype)
+    encoder = sam.image_encoder.to(dtype)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        before = encoder(image)
+        after = channels.apply(encoder, map)(image)
+    assert after.dtype == before.dtype
+    assert torch.equal(after, before[:, map.index])
 
 
 def test_gradients_flow_through_the_map(sam):
@@ -76,5 +190,12 @@ def test_refusals(sam):
     with pytest.raises(ValueError, match="remove: the model has no channel map"):
         channels.remove(sam)
     channels.apply(sam, MAP)
-    with pytest.raises(ValueError, match="has a channel map already"):
+    for second in (MAP, ChannelMap(((0, 7),), 64)):
+        with pytest.raises(ValueError, match="has a channel map already; remove it first"):
+            channels.apply(sam, second)
+    sam.image_encoder.neck[3] = torch.nn.Identity()
+    with pytest.raises(TypeError, match=r"neck must end in .* LayerNorm2d, ends in a Ident"):
         channels.apply(sam, MAP)
+    sam.image_encoder.neck = torch.nn.Identity()
+    with pytest.raises(TypeError, match="remove: the neck must end in"):
+        channels.remove(sam)

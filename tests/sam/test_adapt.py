@@ -1,12 +1,15 @@
 """Adapters in the real `segment_anything` classes."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
 
 import vfmk
 from tests.sam.models import SMALL, randomise, records
+from vfmk.nn.config import CONVOLUTIONS
+from vfmk.nn.vfm_adapter import VFMAdapterStack
 
 RELEASED = vfmk.VFMAdapterConfig(conv="dense", global_branch=False)
 
@@ -33,8 +36,9 @@ def test_block_equals_segment_anything_with_windows(sam, image):
         assert torch.equal(adapted.sam.image_encoder.blocks[index](x), expected(x))
 
 
-def test_only_adapters_train(sam):
-    adapted = vfmk.get_adapted_model(sam, SMALL)
+@pytest.mark.parametrize("conv", CONVOLUTIONS)
+def test_only_adapters_train(sam, conv):
+    adapted = vfmk.get_adapted_model(sam, dataclasses.replace(SMALL, conv=conv))
     optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], 0.1)
     adapted.train()
     for _ in range(2):  # the up-projection starts at zero, so the rest moves from the second step
@@ -63,6 +67,16 @@ def test_share_of_trainable_parameters(sam, capsys):
     assert total == trainable + sum(p.numel() for p in sam.parameters())
     adapted.print_trainable_parameters()
     assert capsys.readouterr().out.startswith(f"trainable params: {trainable:,} || all params:")
+
+
+def test_share_of_vit_b():
+    """Of the released variant, trainable parameters over the encoder's: about 3 %."""
+    with torch.device("meta"):
+        encoder = vfmk.load_sam("vit_b").image_encoder
+        adapters = VFMAdapterStack(768, tuple(range(len(encoder.blocks))), RELEASED)
+    trainable, total = (sum(p.numel() for p in m.parameters()) for m in (adapters, encoder))
+    assert total == 89_670_912
+    assert 0.027 < trainable / total < 0.032
 
 
 def test_forward_equals_segment_anything(sam):

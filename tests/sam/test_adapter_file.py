@@ -1,11 +1,13 @@
 """Saving and loading an adapter, and what is refused."""
 
 import copy
+import dataclasses
 import json
 import os
 import signal
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import vfmk
 from tests.sam.models import SMALL, randomise, records
+from vfmk.sam.base import fingerprint
 
 
 def test_save_and_load(sam, tmp_path):
@@ -30,6 +33,50 @@ def test_save_and_load(sam, tmp_path):
     assert not any(p.requires_grad for p in loaded.parameters())
     trained = vfmk.AdaptedSam.from_pretrained(loaded.unload(), tmp_path, is_trainable=True)
     assert trained.get_nb_trainable_parameters() == adapted.get_nb_trainable_parameters()
+
+
+@pytest.mark.parametrize("module", ["image_encoder.neck", "mask_decoder", "prompt_encoder", "head"])
+def test_modules_to_save_train_save_and_load(sam, tmp_path, module):
+    sam.add_module("head", torch.nn.Conv2d(64, 3, 1))
+    base = copy.deepcopy(sam)
+    before = copy.deepcopy(sam.get_submodule(module).state_dict())
+    config = vfmk.VFMAdapterConfig(rank=4, modules_to_save=(module,))
+    adapted = vfmk.get_adapted_model(sam, config)
+    outputs = adapted(records())
+    loss = sum(output["low_res_logits"].square().mean() for output in outputs)
+    (loss + sam.head(sam.image_encoder(torch.zeros(1, 3, 128, 128))).mean()).backward()
+    trained = [p for p in sam.parameters() if p.requires_grad]
+    assert sum(bool(p.grad.any()) for p in trained if p.grad is not None) > 0
+    torch.optim.SGD(trained, 0.1).step()
+    adapted.save_pretrained(tmp_path)
+    after = adapted.sam.get_submodule(module).state_dict()
+    assert not all(torch.equal(after[name], before[name]) for name in before)
+    loaded = vfmk.AdaptedSam.from_pretrained(base, tmp_path).sam.get_submodule(module).state_dict()
+    assert all(torch.equal(loaded[name], after[name]) for name in before)
+    with adapted.disable_adapter():
+        own = adapted.sam.get_submodule(module).state_dict()
+        assert all(torch.equal(own[name], before[name]) for name in before)
+
+
+def test_the_configuration_tells_what_is_inside(sam, tmp_path):
+    expected = fingerprint(sam)
+    config = vfmk.VFMAdapterConfig(rank=8, modules_to_save=("mask_decoder",))
+    adapted = vfmk.get_adapted_model(sam, config)
+    adapted.save_pretrained(tmp_path)
+    document = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert document.pop("config") == {
+        **dataclasses.asdict(config),
+        "sublayers": ["attn", "mlp"],
+        "modules_to_save": ["mask_decoder"],
+    }
+    assert document == {
+        "adapter_type": "VFM_ADAPTER",
+        "vfmk_version": version("vfmk"),
+        "torch_version": torch.__version__,
+        "base_fingerprint": expected,
+        "peft_layers": [],
+        "parameters": adapted.get_nb_trainable_parameters()[0],
+    }
 
 
 def test_a_base_in_bfloat16_is_the_same_base(sam, tmp_path):

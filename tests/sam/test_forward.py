@@ -7,6 +7,7 @@ import torch
 
 import vfmk
 from tests.sam.models import SMALL, randomise, records
+from vfmk.sam.forward import PROMPTS
 
 
 @pytest.fixture
@@ -40,6 +41,32 @@ def test_each_image_gets_what_sam_gives_it_alone(sam, batch, multimask):
         assert torch.equal(output.pop("masks"), expected.pop("masks"))
         for key, value in output.items():
             torch.testing.assert_close(value, expected[key], rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_are_the_sum_of_those_of_each_image_alone(sam, batch):
+    adapted = vfmk.get_adapted_model(sam, SMALL).double()
+    randomise(adapted)
+    batch = [record | {"image": record["image"].double()} for record in batch]
+    weights = list(adapted.adapters.parameters())
+
+    def gradients(records):
+        outputs = adapted(records, multimask_output=True, return_masks=False)
+        loss = sum(
+            (o["low_res_logits"].square().mean() + o["iou_predictions"].sum()) for o in outputs
+        )
+        return torch.autograd.grad(loss, weights)
+
+    alone = [gradients([record]) for record in batch]
+    for together, *parts in zip(gradients(batch), *alone, strict=True):
+        assert together.any()
+        torch.testing.assert_close(together, sum(parts), rtol=1e-6, atol=1e-9)
+
+
+def test_none_is_no_prompt(sam, batch):
+    adapted = vfmk.get_adapted_model(sam, SMALL)
+    filled = [dict.fromkeys(PROMPTS) | record for record in batch]
+    for output, truth in zip(adapted(filled), adapted(batch), strict=True):
+        assert all(torch.equal(output[key], truth[key]) for key in truth)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -95,6 +122,9 @@ def test_checkpointing_gives_the_same_gradients(sam, batch):
     [
         (lambda r: r.pop("original_size"), "record 0 of batched_input lacks original_size"),
         (lambda r: r.pop("point_labels"), "lacks point_labels"),
+        (lambda r: r.update(point_labels=None), "lacks point_labels"),
+        (lambda r: r.update(point_coords=None), "lacks point_coords"),
+        (lambda r: r.update(image=None), "lacks image"),
         (lambda r: r.update(image=torch.zeros(3, 200, 20)), r"at most 128×128, got \(3, 200, 20\)"),
         (lambda r: r.update(boxes=torch.zeros(2, 4)), "differ in number: .*'boxes': 2"),
     ],

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import vfmk
-from tests.sam.models import records
+from tests.sam.models import randomise, records
 from vfmk.sam import base
+from vfmk.sam.lora_file import save_lora
 
 peft = pytest.importorskip("peft")
 LORA = peft.LoraConfig(r=4, target_modules=["qkv"], init_lora_weights=False)
@@ -23,6 +24,21 @@ def wrap(sam):
 
 def wrap_and_assign(sam):
     sam.image_encoder = peft.get_peft_model(sam.image_encoder, LORA)
+
+
+def test_both_parts_are_saved_and_loaded_from_files(sam, tmp_path):
+    """LoRA by peft, the adapter by vfmk, into the plain base."""
+    plain = copy.deepcopy(sam)
+    inject(sam)
+    adapted = vfmk.get_adapted_model(sam, vfmk.VFMAdapterConfig(rank=8, modules_to_save=("neck",)))
+    randomise(adapted)
+    with adapted.disable_adapter():
+        assert save_lora(tmp_path / "lora", sam) == []
+    adapted.save_pretrained(tmp_path)
+    peft.PeftModel.from_pretrained(plain, tmp_path / "lora")
+    loaded = vfmk.AdaptedSam.from_pretrained(plain, tmp_path)
+    for output, truth in zip(loaded(records()), adapted(records()), strict=True):
+        assert torch.equal(output["low_res_logits"], truth["low_res_logits"])
 
 
 @pytest.mark.parametrize("add_lora", [inject, wrap, wrap_and_assign])

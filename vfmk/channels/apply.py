@@ -1,11 +1,16 @@
-"""A channel map on a SAM, at no cost: the gather is part of the write of the neck's last norm."""
+"""A channel map on a SAM, at no cost: the neck's last norm overwrites channels as it writes."""
 
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
+import torch
 from torch import nn
 
 from vfmk.channels.channel_map import ChannelMap
 from vfmk.sam.accelerate import encoder_of
+
+if TYPE_CHECKING:
+    from segment_anything.modeling import ImageEncoderViT
+    from segment_anything.modeling.common import LayerNorm2d
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -14,11 +19,11 @@ def apply(model: Model, map: ChannelMap) -> Model:
     """Let `model` overwrite channels of its image embedding, in place, and return it.
 
     Nothing is trained or added. State-dict keys stay; so the map is saved by itself, not with the
-    model.
+    model. It stays until `remove`, whichever adapter of an AdaptedSam is active and after `unload`.
 
     Args:
-        model: a `segment_anything` Sam or ImageEncoderViT, or an AdaptedSam; plain or accelerated,
-            with LoRA or without.
+        model: a `segment_anything` Sam or ImageEncoderViT, an AdaptedSam, or a PeftModel of one;
+            plain or accelerated, with LoRA or without.
         map: for as many channels as the embedding has.
 
     Raises:
@@ -29,27 +34,20 @@ def apply(model: Model, map: ChannelMap) -> Model:
 
         embedding = embedding[:, map.index]
     """
-    from segment_anything.modeling.common import LayerNorm2d
-
-    from vfmk.channels.norm import MappedLayerNorm2d
+    from vfmk.sam import neck
 
     if not isinstance(map, ChannelMap):
         raise TypeError(f"apply: map must be a ChannelMap, got {type(map).__name__}")
-    norm = encoder_of("apply", model).neck[-1]
-    if isinstance(norm, MappedLayerNorm2d):
+    encoder, norm = _with_norm("apply", model)
+    if neck.channel_pairs(encoder) is not None:
         raise ValueError("apply: the model has a channel map already; remove it first")
-    if type(norm) is not LayerNorm2d:
-        raise TypeError(
-            "apply: the neck must end in segment_anything's LayerNorm2d, ends in a"
-            f" {type(norm).__name__}"
-        )
-    if len(norm.weight) != map.num_channels:
+    channels = len(norm.weight)
+    if channels != map.num_channels:
         raise ValueError(
-            f"apply: the map is for {map.num_channels} channels, the embedding has"
-            f" {len(norm.weight)}"
+            f"apply: the map is for {map.num_channels} channels, the embedding has {channels}"
         )
-    norm.register_buffer("channel_index", map.index.to(norm.weight.device), persistent=False)
-    norm.__class__ = MappedLayerNorm2d
+    pairs = torch.tensor(map.pairs, dtype=torch.int64).reshape(-1, 2)
+    neck.set_channel_pairs(encoder, pairs.T.contiguous())
     return model
 
 
@@ -60,13 +58,26 @@ def remove(model: Model) -> Model:
         TypeError: as `apply`.
         ValueError: the model has no map.
     """
+    from vfmk.sam import neck
+
+    encoder, _ = _with_norm("remove", model)
+    if neck.channel_pairs(encoder) is None:
+        raise ValueError("remove: the model has no channel map")
+    neck.set_channel_pairs(encoder, None)
+    return model
+
+
+def _with_norm(operator: str, model: nn.Module) -> "tuple[ImageEncoderViT, LayerNorm2d]":
+    """The model's encoder and the last norm of its neck."""
     from segment_anything.modeling.common import LayerNorm2d
 
-    from vfmk.channels.norm import MappedLayerNorm2d
+    from vfmk.sam import neck
 
-    norm = encoder_of("remove", model).neck[-1]
-    if not isinstance(norm, MappedLayerNorm2d):
-        raise ValueError("remove: the model has no channel map")
-    norm.__class__ = LayerNorm2d
-    del norm.channel_index
-    return model
+    encoder = encoder_of(operator, model)
+    norm = neck.last_norm(encoder)
+    if type(norm) not in (LayerNorm2d, neck.MappedLayerNorm2d):
+        raise TypeError(
+            f"{operator}: the neck must end in segment_anything's LayerNorm2d, ends in a"
+            f" {type(norm).__name__}"
+        )
+    return encoder, norm

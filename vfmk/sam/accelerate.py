@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, TypeVar
 from torch import nn
 
 from vfmk.sam.adapt import AdaptedSam
-from vfmk.sam.base import image_encoder_of
+from vfmk.sam.base import image_encoder_of, unwrapped
 
 if TYPE_CHECKING:
     from segment_anything.modeling import ImageEncoderViT
@@ -16,7 +16,8 @@ Model = TypeVar("Model", bound=nn.Module)
 def accelerate(model: Model) -> Model:
     """Let every block of the image encoder attend through vfmk's operators.
 
-    Works in place on a `segment_anything` Sam or ImageEncoderViT, or an AdaptedSam, and returns it.
+    Works in place on a `segment_anything` Sam or ImageEncoderViT, an AdaptedSam, or a PeftModel of
+    one of them, and returns it.
     Weights, state-dict keys, dtype, device, mode, hooks and wrapped layers (LoRA on `qkv`) stay.
     Windows are no longer cut out, padded and merged, and no N×N matrix is stored, forward or
     backward. The encoder then takes images of any size that its patches divide: position
@@ -65,6 +66,7 @@ def encoder_of(operator: str, model: nn.Module) -> "ImageEncoderViT":
 
     if isinstance(model, AdaptedSam):
         model = model.sam
+    model = unwrapped(model)
     encoder = image_encoder_of(model) if isinstance(model, Sam) else model
     if not isinstance(encoder, ImageEncoderViT):
         raise TypeError(

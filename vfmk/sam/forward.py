@@ -26,9 +26,9 @@ def forward(
     The records, and what comes back for each, are those of `segment_anything.Sam.forward`: "image"
     [3, H, W] in pixel values with its long side the encoder's, "original_size" (H0, W0), and any of
     "point_coords" [K, P, 2] with "point_labels" [K, P], "boxes" [K, 4], "mask_inputs" [K, 1, h, w],
-    in the frame of "image"; without any, K is 1. Gradients flow through "low_res_logits"
-    [K, M, h, w] and "iou_predictions" [K, M]; "masks" [K, M, H0, W0] is bool, and left out without
-    `return_masks`.
+    in the frame of "image"; None is as good as none, and without any, K is 1. Gradients flow
+    through "low_res_logits" [K, M, h, w] and "iou_predictions" [K, M]; "masks" [K, M, H0, W0] is
+    bool, and left out without `return_masks`.
 
     The model may be in float32, float16, bfloat16 or under autocast. Prompts are encoded in float32
     whatever it is in: a coordinate is a phase there, and bfloat16 has 8 bits for 1024 pixels.
@@ -58,10 +58,10 @@ def _decode(
     multimask_output: bool,
     return_masks: bool,
 ) -> dict[str, Tensor]:
-    has_points = "point_coords" in record
+    coords = record.get("point_coords")
     sparse, dense = _in_float32(
         sam.prompt_encoder,
-        points=(record["point_coords"], record["point_labels"]) if has_points else None,
+        points=None if coords is None else (coords, record["point_labels"]),
         boxes=record.get("boxes"),
         masks=record.get("mask_inputs"),
     )
@@ -104,15 +104,16 @@ def _dtype(module: nn.Module) -> torch.dtype:
 
 def _check(sam: "Sam", index: int, record: dict[str, Any]) -> None:
     where = f"AdaptedSam: record {index} of batched_input"
+    given = {name for name, value in record.items() if value is not None}
     needed = {"image", "original_size"}
-    if "point_coords" in record:
-        needed.add("point_labels")
-    if missing := sorted(needed - record.keys()):
+    if given & {"point_coords", "point_labels"}:
+        needed |= {"point_coords", "point_labels"}
+    if missing := sorted(needed - given):
         raise ValueError(f"{where} lacks {', '.join(missing)}")
     side = sam.image_encoder.img_size
     shape = tuple(record["image"].shape)
     if len(shape) != 3 or shape[0] != 3 or not 0 < max(shape[1:]) <= side:
         raise ValueError(f"{where}: image must be [3, H, W], at most {side}×{side}, got {shape}")
-    counts = {name: len(record[name]) for name in PROMPTS if record.get(name) is not None}
+    counts = {name: len(record[name]) for name in PROMPTS if name in given}
     if len(set(counts.values())) > 1:
         raise ValueError(f"{where}: prompts differ in number: {counts}")

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from vfmk._state_dict import misfits
+
 if TYPE_CHECKING:
     from segment_anything.modeling import Sam
 
@@ -110,23 +112,10 @@ def _verify_sha256(path: Path, expected: str) -> None:
 
 def _load_checkpoint(sam: nn.Module, name: str, path: Path) -> None:
     state = _read_state_dict(path)
-    expected = sam.state_dict()
-    problems = [
-        _listing("missing keys", expected.keys() - state.keys()),
-        _listing("unexpected keys", state.keys() - expected.keys()),
-        _listing(
-            "wrong shapes",
-            {
-                f"{key} {list(state[key].shape)} (expected {list(expected[key].shape)})"
-                for key in expected.keys() & state.keys()
-                if state[key].shape != expected[key].shape
-            },
-        ),
-    ]
-    if any(problems):
+    if faults := misfits(sam.state_dict(), state):
         raise ValueError(
-            f"load_sam: {path} is not a checkpoint of {name!r}; it seems to be {_guess(state)}: "
-            + "; ".join(filter(None, problems))
+            f"load_sam: {path} is not a checkpoint of {name!r}; it seems to be {_guess(state)}:"
+            f" it {faults}"
         )
     sam.load_state_dict(state)
 
@@ -155,10 +144,3 @@ def _guess(state: Mapping[str, Tensor]) -> str:
     width = state[_PATCH_EMBED].shape[0]
     names = [repr(name) for name, w in _WIDTHS.items() if w == width]
     return names[0] if names else f"a Segment Anything model of width {width}"
-
-
-def _listing(title: str, items: set[str], shown: int = 5) -> str:
-    if not items:
-        return ""
-    more = f" and {len(items) - shown} more" if len(items) > shown else ""
-    return f"{title}: {', '.join(sorted(items)[:shown])}{more}"

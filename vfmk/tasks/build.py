@@ -101,7 +101,7 @@ def build_task(config: ModelConfig, classes: list[str]) -> Task:
     from vfmk.sam.block import checkpoint_blocks
 
     sam = accelerate(load_sam(config.model, config.checkpoint))
-    task = _with_head(config.task, _adapted(sam, config), len(classes))
+    task = with_head(config.task, _adapted(sam, config), len(classes))
     if config.gradient_checkpointing:
         checkpoint_blocks(sam.image_encoder, True)
     for module in task.unused:
@@ -143,7 +143,7 @@ def _inject_lora(sam: "Sam", config: ModelConfig) -> None:
         modules[name].requires_grad_(True)
 
 
-def _with_head(name: str, model: "Sam | AdaptedSam", num_classes: int) -> Task:
+def with_head(name: str, model: "Sam | AdaptedSam", num_classes: int) -> Task:
     if name == "promptable":
         from vfmk.tasks.promptable import PromptableTask
 

@@ -51,6 +51,7 @@ class Task(nn.Module):
     """
 
     name: ClassVar[TaskName]
+    classes: tuple[str, ...] = ()  # their names, where they are known
     score: ClassVar[str]  # the key of `Evaluation.compute` by which the best checkpoint is chosen
 
     def __init__(self, model: "Sam | AdaptedSam") -> None:

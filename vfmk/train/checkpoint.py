@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vfmk._files import write_whole
+from vfmk._state_dict import fill
 from vfmk.train.shards import shared_out, whole
 
 LAST, BEST = "last.pt", "best.pt"
@@ -51,19 +52,11 @@ def load_weights(parameters: Mapping[str, nn.Parameter], weights: Mapping[str, T
     Raises:
         ValueError: names or shapes differ; they are named.
     """
-    faults = [f"lacks {name}" for name in sorted(parameters.keys() - weights.keys())]
-    faults += [f"has a stray {name}" for name in sorted(weights.keys() - parameters.keys())]
-    faults += [
-        f"has {name} {list(weights[name].shape)}, the model {list(parameter.shape)}"
-        for name, parameter in parameters.items()
-        if name in weights and weights[name].shape != parameter.shape
-    ]
-    if faults:
-        more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
-        raise ValueError(f"load_weights: the checkpoint {'; '.join(faults[:5])}{more}")
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(shared_out(weights[name], parameter))
+    own = {
+        name: shared_out(weight, parameters[name]) if name in parameters else weight
+        for name, weight in weights.items()
+    }
+    fill(parameters, own, "load_weights: the checkpoint")
 
 
 def random_state() -> dict[str, Any]:

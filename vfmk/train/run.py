@@ -3,7 +3,7 @@
 config.json    what was asked for, the classes, digests of the data, what `skip_bad` left out
 log.jsonl      a line for each step and evaluation
 last.pt        to resume from; best.pt: the weights of the best evaluation
-adapter/       with "vfm", the best weights for `vfmk.AdaptedSam.from_pretrained`
+adapter/       the best weights, for `vfmk.tasks.load_task`
 metrics.json   scores before, at the end, and at best
 loss.png, grid.png    the loss; image, truth, before and after for some evaluation images
 """
@@ -18,10 +18,10 @@ import torch
 
 from vfmk._files import write_whole
 from vfmk.data.dataset import TaskName
-from vfmk.sam.adapt import AdaptedSam
 from vfmk.sam.base import fingerprint_of
 from vfmk.tasks import pictures
 from vfmk.tasks.build import ModelConfig, build_task, trainable
+from vfmk.tasks.saved import save_task
 from vfmk.tasks.task import Task
 from vfmk.train import checkpoint
 from vfmk.train.config import TrainConfig
@@ -92,8 +92,7 @@ def train_run(
     if accelerator.is_main_process:
         # With FSDP, the task that was trained has but a share of its weights here.
         task = _with_best_weights(_seeded_task(model, classes, config.seed), out)
-        if isinstance(task.model, AdaptedSam):
-            task.model.save_pretrained(out / "adapter")
+        save_task(task, out / "adapter", classes)
         write_json(out / METRICS, result._asdict())
         pictures.draw_loss(out / "loss.png", losses(out))
         draw_grid(out / "grid.png", task, evaluation_images, document)
