@@ -1,4 +1,4 @@
-"""One case of a benchmark: check every contender, then time them in turn.
+"""One case of a benchmark: `measure` checks every contender, then `compare` times them in turn.
 
 Contenders take turns round by round, so that what else the machine does falls on all alike. On CUDA
 they are timed by events, over rotated inputs that together exceed the cache.
@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,7 +49,7 @@ class Case:
 
 
 def measure(benchmark: Any, case: Case, rounds: int = ROUNDS) -> None:
-    """Time `case`; medians in seconds and the shares of the limits go to benchmark.extra_info."""
+    """Check `case`, time it, and put the figures into benchmark.extra_info."""
     first = case.inputs()
     device = first[0].device
     copies = 1
@@ -59,7 +60,30 @@ def measure(benchmark: Any, case: Case, rounds: int = ROUNDS) -> None:
     _check(case, first)
     functions = case.contenders | case.floors
     timed = {name: calls(function, case.direction, inputs) for name, function in functions.items()}
-    timed["copy"] = _copies(case.bytes, device)
+    compare(benchmark, timed, device, case.direction, case.bytes, case.flop, rounds)
+    if device.type == "cuda":
+        peaks = {name: cuda_peak_bytes(call) for name, call in timed.items()}
+    else:
+        make = {
+            name: partial(calls, functions[name], case.direction, [first]) for name in case.memory
+        }
+        peaks = {name: peak_bytes(make[name]) for name in case.memory}
+    if peaks:
+        benchmark.extra_info["peak_bytes"] = peaks
+
+
+def compare(
+    benchmark: Any,
+    timed: dict[str, Callable[[], Any]],
+    device: torch.device,
+    direction: str,
+    bytes: int,
+    flop: int,
+    rounds: int,
+) -> None:
+    """Time the calls, ours first; medians in seconds and the shares of the limits `bytes` and
+    `flop` go to benchmark.extra_info."""
+    timed = timed | {"copy": _copies(bytes, device)}
     turns = {name: _Turn(call, device) for name, call in timed.items()}
     ours, *peers = turns
 
@@ -71,22 +95,14 @@ def measure(benchmark: Any, case: Case, rounds: int = ROUNDS) -> None:
     medians = {name: statistics.median(turn.seconds) for name, turn in turns.items()}
     benchmark.extra_info |= {
         "device": _device_name(device),
-        "direction": case.direction,
-        "bytes": case.bytes,
-        "flop": case.flop,
+        "direction": direction,
+        "bytes": bytes,
+        "flop": flop,
         "median_seconds": medians,
         "spread": {name: turn.spread() for name, turn in turns.items()},
         "share_of_copy": medians["copy"] / medians[ours],
-        "flop_per_second": case.flop / medians[ours],
+        "flop_per_second": flop / medians[ours],
     }
-    if device.type == "cuda":
-        benchmark.extra_info["peak_bytes"] = {
-            name: _cuda_peak_bytes(call) for name, call in timed.items()
-        }
-    elif case.memory:
-        benchmark.extra_info["peak_bytes"] = {
-            name: peak_bytes(functions[name], case.direction, first) for name in case.memory
-        }
 
 
 class _Turn:
@@ -201,11 +217,12 @@ def _copies(total_bytes: int, device: torch.device) -> Callable[[], Any]:
     return copy
 
 
-def _cuda_peak_bytes(call: Callable[[], Any]) -> int:
-    """Device memory of one call above what stood before it."""
+def cuda_peak_bytes(call: Callable[[], Any], before: int | None = None) -> int:
+    """Device memory at the peak of one call, above `before` or what stood before the call."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
+    if before is None:
+        before = torch.cuda.memory_allocated()
     call()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before

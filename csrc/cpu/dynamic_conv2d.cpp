@@ -5,13 +5,15 @@
 // other, and the columns of the next pixel overlap them. So without any copy for each tap, a row of
 // pixels is the left factor of a product for each row i of the kernel:
 //
-//   forward      output[x][o]         += sum over (j,c) of input[x][(j,c)] * weight[i][(j,c)][o]
+//   forward      output[x][o]      += sum over (j,c) of input[x][(j,c)] * weight[i][(j,c)][o]
 //   grad_input   the same, from grad_output, with taps flipped and channels exchanged
-//   grad_weight  grad[i][o][(j,c)]    += sum over x of grad_output[x][o] * input[x][(j,c)]
+//   grad_weight  grad[i][o][(j,c)] += sum over x of grad_output[x][o] * input[x][(j,c)]
 //
-// (dilated: a product for each tap). Products are runs of register tiles (matrix.h); the factor
-// that all pixels share, 12 KiB at C = O = 32 and k = 3, stays in the first cache, the tile in the
-// second. NCHW is transposed on the way in and out, 1/4 of a cycle an element.
+// (dilated: a product for each tap). The first two sum over all taps in registers
+// (dynamic_conv2d_tile.h), grad_weight for each row of pixels (matrix.h). The factor that all
+// pixels share, 36 KiB at C = O = 32 and k = 3, streams from the first caches, the tile from the
+// second. NCHW is transposed on the way in and out, 1/4 of a cycle an element. Where the machine
+// multiplies pairs of bf16, those are packed instead, except for grad_weight.
 //
 // A tile's sums of grad_weight are added to those of its chunk, a run of tiles of one sample, and
 // chunks are added up in order. Tiles and chunks follow from the problem alone, not from the number
@@ -20,11 +22,14 @@
 // N = H*W pixels of B samples, s bytes an element: forward is 2 k^2 C O N B FLOP, reads
 // (C N + O C k^2) B s bytes and writes O N B s; backward is twice the FLOP, reads
 // ((C + O) N + O C k^2) B s and writes (C N + O C k^2) B s. The floor is the rate of the
-// multiply-add units. Measured with AVX-512 in fp32, C = O = 32, k = 3, 64x64, B = 4, one thread:
-// 75 % of that rate (198 of 264 GFLOP/s), forward as well as with backward.
+// multiply-add units. Measured with AVX-512 in fp32, C = O = 32, k = 3, 64x64, B = 1,
+// channels-last, one thread: forward 235 of 264 GFLOP/s, grad_weight 209; in bf16 forward 397.
 #include "../dynamic_conv2d.h"
 
+#include <type_traits>
+
 #include "../parallel.h"
+#include "dynamic_conv2d_tile.h"
 #include "integers.h"
 #include "matrix.h"
 #include "vector.h"
@@ -100,7 +105,9 @@ struct Taps {
   int64_t number() const { return rows * runs * run; }
 };
 
-// Part of an image, packed as fp32 [row][column][channel], with zeros outside the plane.
+// Part of an image, packed as [row][column][channel] of a panel's units, with zeros outside the
+// plane.
+template <typename Panel>
 struct Area {
   int64_t rows, columns, channels;
   float* data = nullptr;
@@ -114,36 +121,39 @@ struct Area {
                 problem.input_channels);
   }
   // Products read up to a pixel and a vector beyond.
-  int64_t floats() const { return round_up((rows * columns + 1) * channels + LANES, LANES); }
+  int64_t floats() const { return round_up((rows * columns + 1) * units() + LANES, LANES); }
+  int64_t units() const { return channels / Panel::CHANNELS; }  // of a pixel
   const float* at(int64_t row, int64_t column) const {
-    return data + (row * columns + column) * channels;
+    return data + (row * columns + column) * units();
   }
 
   // From the plane of height x width, of which (top, left) is the pixel at data.
   template <typename Format>
   void pack(const typename Format::Element* plane, const Strides& strides, int64_t present,
             int64_t height, int64_t width, int64_t top, int64_t left) const {
+    using PackedElement = typename Panel::Format::Element;
     const Area area = *this;  // a store might change a member, for all that the compiler knows
     const int64_t begin = clamp(-left, 0, area.columns);
     const int64_t end = clamp(width - left, begin, area.columns);
     for (int64_t r = 0; r < area.rows; ++r) {
-      float* to = area.data + r * area.columns * area.channels;
+      auto* to = reinterpret_cast<PackedElement*>(area.data) + r * area.columns * area.channels;
       const int64_t y = top + r;
       if (y < 0 || y >= height || begin == end || present == 0) {
-        std::memset(to, 0, area.columns * area.channels * sizeof(float));
+        std::memset(to, 0, area.columns * area.channels * sizeof(PackedElement));
         continue;
       }
-      std::memset(to, 0, begin * area.channels * sizeof(float));
+      std::memset(to, 0, begin * area.channels * sizeof(PackedElement));
       std::memset(to + end * area.channels, 0,
-                  (area.columns - end) * area.channels * sizeof(float));
+                  (area.columns - end) * area.channels * sizeof(PackedElement));
       const auto* from = plane + y * strides.row + left * strides.column;
       for (int64_t c = 0; c < area.channels; c += LANES) {
         const int64_t from_channels = present - c, to_channels = area.channels - c;
         if (strides.channel == 1) {
           for (int64_t x = begin; x < end; ++x) {
-            store<Float32>(to + x * area.channels + c,
-                           load<Format>(from + x * strides.column + c, maximum(from_channels, 0)),
-                           to_channels);
+            store<typename Panel::Format>(
+                to + x * area.channels + c,
+                load<Format>(from + x * strides.column + c, maximum(from_channels, 0)),
+                to_channels);
           }
           continue;
         }
@@ -156,7 +166,7 @@ struct Area {
           }
           transpose(block);
           for (int64_t i = 0; i < minimum(LANES, end - x); ++i) {
-            store<Float32>(to + (x + i) * area.channels + c, block[i], to_channels);
+            store<typename Panel::Format>(to + (x + i) * area.channels + c, block[i], to_channels);
           }
         }
       }
@@ -164,9 +174,10 @@ struct Area {
   }
 };
 
-// weight [O][C][taps] as [tap][input channel][output channel]; for the gradient of the input,
-// `problem` is transposed: taps are flipped, and its output channels are those of the input.
-template <typename Format>
+// weight [O][C][taps] as [tap][input channel][output channel], the channels of a unit side by
+// side; for the gradient of the input, `problem` is transposed: taps are flipped, and its output
+// channels are those of the input.
+template <typename Format, typename Panel>
 void pack_weight(const Problem& problem, bool flipped, const typename Format::Element* weight,
                  float* staging, float* packed) {
   const int64_t taps = Taps(problem).number();
@@ -179,10 +190,14 @@ void pack_weight(const Problem& problem, bool flipped, const typename Format::El
   }
   const int64_t padded = packed_channels(inputs), row = round_up(outputs, LANES);
   for (int64_t tap = 0; tap < taps; ++tap) {
-    for (int64_t c = 0; c < padded; ++c, packed += row) {
+    for (int64_t c = 0; c < padded; c += Panel::CHANNELS, packed += row) {
+      auto* to = reinterpret_cast<typename Panel::Format::Element*>(packed);
       const float* from = staging + c * input_step + (flipped ? taps - 1 - tap : tap);
       for (int64_t o = 0; o < row; ++o) {
-        packed[o] = c < inputs && o < outputs ? from[o * output_step] : 0.0f;
+        for (int64_t i = 0; i < Panel::CHANNELS; ++i) {
+          const bool present = c + i < inputs && o < outputs;
+          Panel::put(to++, present ? from[o * output_step + i * input_step] : 0.0f);
+        }
       }
     }
   }
@@ -190,23 +205,20 @@ void pack_weight(const Problem& problem, bool flipped, const typename Format::El
 
 // A row of `columns` pixels of sums [x][round_up(O, LANES)] into the image at `to`.
 template <typename Format>
-void write_row(const Problem& problem, const float* sums, const float* bias, int64_t columns,
+void write_row(const Problem& problem, const float* sums, int64_t columns,
                typename Format::Element* to) {
   const Strides& strides = problem.output;
   const int64_t channels = problem.output_channels, row = round_up(channels, LANES);
   for (int64_t c = 0; c < channels; c += LANES) {
-    const Vec start = load<Float32>(bias + c);
     if (strides.channel == 1) {
       for (int64_t x = 0; x < columns; ++x) {
-        store<Format>(to + x * strides.column + c, load<Float32>(sums + x * row + c) + start,
-                      channels - c);
+        store<Format>(to + x * strides.column + c, load<Float32>(sums + x * row + c), channels - c);
       }
       continue;
     }
     for (int64_t x = 0; x < columns; x += LANES) {
       Vec block[LANES];
-      for (int64_t i = 0; i < LANES; ++i)
-        block[i] = load<Float32>(sums + (x + i) * row + c) + start;
+      for (int64_t i = 0; i < LANES; ++i) block[i] = load<Float32>(sums + (x + i) * row + c);
       transpose(block);
       for (int64_t i = 0; i < minimum(LANES, channels - c); ++i) {
         store<Format>(to + (c + i) * strides.channel + x, block[i], columns - x);
@@ -215,16 +227,19 @@ void write_row(const Problem& problem, const float* sums, const float* bias, int
   }
 }
 
-template <typename Format>
+template <typename Format, typename Panel>
 void convolve(const Problem& problem, bool flipped, const typename Format::Element* input,
               const typename Format::Element* weight, const typename Format::Element* bias,
               typename Format::Element* output) {
   const Tiles tiles(problem);
   const Taps taps(problem);
   const int64_t row = round_up(problem.output_channels, LANES);
-  const int64_t weights = taps.number() * packed_channels(problem.input_channels) * row;
+  const Area<Panel> shape = Area<Panel>::around(problem, tiles);
+  const int64_t weights = taps.number() * shape.units() * row;
   const int64_t in_memory = taps.number() * problem.input_channels * problem.output_channels;
-  const Area shape = Area::around(problem, tiles);
+  const Reach reach = {taps.rows, taps.runs, taps.run * shape.units(),
+                       taps.row_step * shape.columns * shape.units(),
+                       taps.run_step * shape.units()};
   const int64_t sums_floats = (tiles.width + LANES) * row;
 
   const auto body = [&](int64_t begin, int64_t end) {
@@ -235,16 +250,16 @@ void convolve(const Problem& problem, bool flipped, const typename Format::Eleme
     float* staging = packed + weights;
     float* packed_bias = staging + round_up(in_memory, LANES);
     float* sums = packed_bias + row;
-    Area x = shape;
+    Area<Panel> x = shape;
     x.data = sums + sums_floats;
     int64_t packed_batch = -1;
     for (int64_t index = begin; index < end; ++index) {
       const int64_t batch = index / tiles.per_plane();
       const Tile tile(problem, tiles, index % tiles.per_plane());
       if (batch != packed_batch) {
-        pack_weight<Format>(problem, flipped,
-                            weight + (problem.shared_weight ? 0 : batch) * in_memory, staging,
-                            packed);
+        pack_weight<Format, Panel>(problem, flipped,
+                                   weight + (problem.shared_weight ? 0 : batch) * in_memory,
+                                   staging, packed);
         const int64_t first = (problem.shared_bias ? 0 : batch) * problem.output_channels;
         for (int64_t o = 0; o < row; o += LANES) {
           const Vec start =
@@ -253,26 +268,33 @@ void convolve(const Problem& problem, bool flipped, const typename Format::Eleme
         }
         packed_batch = batch;
       }
-      x.pack<Format>(input + batch * problem.input.batch, problem.input, problem.input_channels,
-                     problem.input_height, problem.input_width, tile.top - problem.pad_top,
-                     tile.left - problem.pad_left);
+      x.template pack<Format>(input + batch * problem.input.batch, problem.input,
+                              problem.input_channels, problem.input_height, problem.input_width,
+                              tile.top - problem.pad_top, tile.left - problem.pad_left);
       auto* to = output + batch * problem.output.batch + tile.left * problem.output.column;
       for (int64_t y = 0; y < tile.rows; ++y) {
-        for (int64_t n = 0; n < taps.rows * taps.runs; ++n) {
-          const auto add = n == 0 ? multiply<Start::zero> : multiply<Start::sum>;
-          const float* pixels =
-              x.at(y + n / taps.runs * taps.row_step, n % taps.runs * taps.run_step);
-          const int64_t depth = taps.run * x.channels;
-          add(round_up(tile.columns, 2), row / LANES, depth, {pixels, x.channels, 1},
-              {packed + n * depth * row, row}, sums, row, nullptr);
-        }
-        write_row<Format>(problem, sums, packed_bias, tile.columns,
-                          to + (tile.top + y) * problem.output.row);
+        convolve_row<Panel>(round_up(tile.columns, 2), reach, x.at(y, 0), x.units(), packed,
+                            packed_bias, sums, row);
+        write_row<Format>(problem, sums, tile.columns, to + (tile.top + y) * problem.output.row);
       }
     }
   };
   const int64_t work = tiles.height * tiles.width * weights / LANES;
   parallel_for(problem.batch * tiles.per_plane(), maximum(GRAIN / maximum(work, 1), 1), body);
+}
+
+template <typename Format>
+void convolve(const Problem& problem, bool flipped, const typename Format::Element* input,
+              const typename Format::Element* weight, const typename Format::Element* bias,
+              typename Format::Element* output) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<Format, BFloat16>) {
+    if (Pairs::supported()) {
+      return convolve<Format, Pairs>(problem, flipped, input, weight, bias, output);
+    }
+  }
+#endif
+  convolve<Format, Singles>(problem, flipped, input, weight, bias, output);
 }
 
 // The sums of one chunk: of grad_weight [run of taps][o][(tap in run, c)], and of grad_bias [o].
@@ -300,12 +322,12 @@ void sum_gradients(const Problem& problem, const Backward& arguments) {
   const Tiles tiles(problem);
   const Taps taps(problem);
   const Sums layout(problem, tiles);
-  const Area input_area = Area::around(problem, tiles);
-  const Area gradient_area(tiles.height, tiles.width, problem.output_channels);
+  const auto input_area = Area<Singles>::around(problem, tiles);
+  const Area<Singles> gradient_area(tiles.height, tiles.width, problem.output_channels);
 
   const auto body = [&](int64_t begin, int64_t end) {
     float* memory = thread_scratch(input_area.floats() + gradient_area.floats());
-    Area x = input_area, g = gradient_area;
+    Area<Singles> x = input_area, g = gradient_area;
     x.data = memory;
     g.data = memory + x.floats();
     for (int64_t index = begin; index < end; ++index) {

@@ -1,5 +1,6 @@
 """The one command for a machine with a GPU goes through, as far as a CPU can show."""
 
+import json
 import os
 import signal
 import subprocess
@@ -8,8 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
-from bench import gpu
+from bench import cpu, gpu
 
 ROOT = Path(__file__).parents[2]
 
@@ -25,12 +27,49 @@ def test_dry_run():
     finished = dry_run()
     assert finished.returncode == 0, finished.stdout + finished.stderr
     assert "benchmarks ran; no result is kept" in finished.stdout
+    files = {path.name for path in (ROOT / "bench").glob("bench_*.py")}
+    stages = [*gpu.MODELS, *gpu.operator_benchmarks()]
+    assert sorted(stages) == sorted(files)
+    for group in ("training step", "encoder with adapters, dense", "dynamic_conv2d"):
+        assert group in finished.stdout
 
 
-def test_a_failed_stage_is_named():
-    finished = dry_run("-k", "nothing_has_this_name")
-    assert finished.returncode == 1
-    assert "bench.gpu: failed: tests, bench" in finished.stderr
+@pytest.fixture
+def outside_xdist(monkeypatch):
+    for variable in [name for name in os.environ if name.startswith("PYTEST_XDIST")]:
+        monkeypatch.delenv(variable)
+
+
+def test_a_failed_stage_is_named(monkeypatch, capsys, outside_xdist):
+    """One that takes too long has failed; what others measured is kept."""
+    monkeypatch.setattr(sys, "argv", ["bench.gpu", "--dry-run", "-k", "bench_pieces"])
+    monkeypatch.setattr(gpu, "TEST_SECONDS", 0)
+    with pytest.raises(SystemExit, match=r"bench\.gpu: failed: tests"):
+        gpu.main()
+    assert "dry run: 2 benchmarks ran" in capsys.readouterr().out
+
+
+def test_nothing_matches(monkeypatch, outside_xdist):
+    monkeypatch.setattr(sys, "argv", ["bench.gpu", "--dry-run", "-k", "nothing_has_this_name"])
+    monkeypatch.setattr(gpu, "run_tests", lambda dry_run, expression: {"passed": True})
+    with pytest.raises(SystemExit, match="no benchmark matches -k 'nothing_has_this_name'"):
+        gpu.main()
+
+
+def test_results_of_a_cpu(monkeypatch, tmp_path, capfd, outside_xdist):
+    run_benchmarks = gpu.run_benchmarks
+    monkeypatch.setattr(
+        gpu, "run_benchmarks", lambda files, how: run_benchmarks(files, [*how, "--smoke"])
+    )
+    arguments = ["bench.cpu", "-k", "bench_pieces", "--output", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    cpu.main()
+    plot, results = sorted(tmp_path.iterdir(), key=lambda path: path.suffix, reverse=True)
+    assert (plot.suffix, results.suffix) == (".png", ".json")
+    assert results.name.startswith(f"cpu-{torch.get_num_threads()}-threads-")
+    assert results.stem.endswith("-bench-pieces")
+    assert len(json.loads(results.read_text())["benchmarks"]) == 2
+    assert "plain PyTorch ÷ vfmk" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize("handler", [signal.default_int_handler, signal.SIG_IGN])

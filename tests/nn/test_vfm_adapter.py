@@ -1,11 +1,15 @@
 """The adapter against the method's equations, written out by hand."""
 
+import functools
 import math
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from bench.harness import calls, cuda_peak_bytes
+from bench.peak import peak_bytes
 from vfmk.nn.config import VFMAdapterConfig
 from vfmk.nn.vfm_adapter import VFMAdapterStack
 
@@ -149,6 +153,33 @@ def test_autocast_leaves_the_residual_in_float32():
     assert output.dtype == torch.float32
     exact = stack(x, x, 0, "attn")
     assert (output - exact).norm() < 0.02 * exact.norm()
+
+
+def adapt(x, u, *parameters, stack):
+    replaced = dict(zip((name for name, _ in stack.named_parameters()), parameters, strict=True))
+    return torch.func.functional_call(stack, replaced, (x, u, 0, "mlp"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize(("direction", "sizes"), [("forward", 1), ("both", 2)])
+def test_holds_nothing_of_its_size_but_the_output(direction, sizes, device):
+    """And in training, the gradient of u; all else has far fewer channels, and is 0.1 and 0.3."""
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU is visible")
+    width, grid = 2048, 56
+    config = VFMAdapterConfig(rank=8, token_dim=8, sublayers=("mlp",))
+    stack = VFMAdapterStack(width, (0,), config).to(device)
+    x, u = (torch.zeros(1, grid, grid, width, device=device) for _ in range(2))
+    function = functools.partial(adapt, stack=stack)
+    make = functools.partial(calls, function, direction, [(x, u, *stack.parameters())])
+    if device == "cuda":
+        call = make()
+        call()
+        peak = cuda_peak_bytes(call)
+    else:
+        peak = peak_bytes(make)
+    assert peak < (sizes + 0.5) * x.nbytes
 
 
 @pytest.mark.parametrize("name", CONFIGS)
