@@ -14,7 +14,7 @@ from segment_anything.modeling.common import LayerNorm2d
 from torch import Tensor, nn
 
 import vfmk
-from bench.bench_sam import ENCODERS, OUT_CHANNELS, PATCH, build, flop_of
+from bench.encoders import ENCODERS, OUT_CHANNELS, PATCH, build, flop_of
 from bench.harness import Case, measure
 from vfmk.channels import ChannelMap, apply
 from vfmk.sam.neck import set_channel_pairs
