@@ -195,6 +195,17 @@ FAULTS = {
         "annotation 5.* do not add up",
     ),
     "iscrowd": (annotation(5, iscrowd=2), "annotation 5.* has iscrowd 2"),
+    "no category": (annotation(5, [7]), r"annotation 5.* unknown category \[7\]"),
+    "no image": (annotation(5, image_id=[11]), r"annotation 5 is for image \[11\], which is not"),
+    "endless": (annotation(5, bbox=(4, 2, 10**400, 9)), "annotation 5.* outside its 30x20 image"),
+    "polygon outside": (
+        annotation(5, segmentation=([4, 2, 32, 2, 21, 11],)),
+        "annotation 5.* polygon outside its 30x20 image",
+    ),
+    "polygon far outside": (
+        annotation(5, segmentation=([4, -1e9, 21, 2, 21, 11],)),
+        "annotation 5.* polygon outside its 30x20 image",
+    ),
 }
 
 
@@ -205,9 +216,44 @@ def test_bad_annotation_is_named_or_left_out(write, content, fault):
     with pytest.raises(DataError, match=message):
         open_dataset(write(), "instance")
     dataset = open_dataset(write(), "instance", skip_bad=True)
-    assert len(dataset) == (2 if fault == "unknown image" else 1)
+    assert len(dataset) == (2 if fault in ("unknown image", "no image") else 1)
     (reason,) = dataset.skipped
     assert "annotation 5" in reason
+
+
+def test_annotations_have_an_id_of_their_own(write, content):
+    content["annotations"].append(annotation(4, image_id=12))
+    with pytest.raises(DataError, match=r"annotation 4, of image 11, has the id of another"):
+        open_dataset(write(), "detection")
+    with pytest.raises(DataError, match=r"no usable record, the first of 2 reasons: .*tation 4"):
+        open_dataset(write(), "detection", skip_bad=True)
+    content["annotations"][-1] = annotation("5", image_id=12)
+    with pytest.raises(DataError, match="annotation 5, of image 12, has no integer id"):
+        open_dataset(write(), "detection")
+
+
+def test_boxes_are_enough_for_detection(write, content):
+    for entry in content["annotations"]:
+        del entry["segmentation"]
+    assert open_dataset(write(), "detection")[0][1]["boxes"].shape == (4, 4)
+    with pytest.raises(DataError, match="annotation 1, of image 11, has no segmentation"):
+        open_dataset(write(), "instance")
+
+
+def test_more_categories_than_a_semantic_mask_can_tell_apart(write, content):
+    content["categories"] += [{"id": id, "name": str(id)} for id in range(100, 352)]
+    assert len(open_dataset(write(), "semantic").classes) == 255
+    content["categories"] += [{"id": id, "name": str(id)} for id in range(400, 500)]
+    content["annotations"][0]["category_id"] = 499
+    path = write()
+    with pytest.raises(
+        DataError, match=r"2017\.json has 355 classes .*, semantic masks at most 255"
+    ):
+        open_dataset(path, "semantic")
+    dataset = open_dataset(path, "instance")
+    assert dataset[0][1]["labels"].tolist() == [354, 2, 2, 1]
+    again = open_dataset(path, "instance", classes=dataset.classes)
+    assert again[0][1]["labels"].tolist() == [354, 2, 2, 1]
 
 
 def test_faults_found_at_reading(write, content):
@@ -254,6 +300,11 @@ def test_other_json(write, text, message):
     [
         ("images", {"id": 11, "file_name": "a.png", "height": 20, "width": 30}, "two images 11"),
         ("images", {"id": 13, "file_name": "a.png"}, "image 13 has no height and width"),
+        (
+            "images",
+            {"id": 13, "file_name": "a.png", "height": 20, "width": 10**400},
+            "image 13 has no height and width",
+        ),
         ("images", {"id": "13", "file_name": "a.png"}, "no integer id and file_name"),
         ("categories", {"id": 7, "name": "bird"}, "id or name occurs twice"),
         ("categories", {"id": 8}, "no integer id and name"),

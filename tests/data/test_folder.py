@@ -59,6 +59,19 @@ def test_mask_is_what_is_brighter_than_half_its_maximum(triple, value):
     assert load_samples(triple)[0].mask.sum() == 9 * 17
 
 
+def test_each_mask_is_read_for_itself(triple):
+    """Two tools' binary masks, and one of a class with its border left open."""
+    for stem, value in (("b", 1), ("c", 2), ("d", 180)):
+        Image.open(triple / "a.jpg").save(triple / f"{stem}.jpg")
+        write_mask(triple / f"{stem}.png", value=value)
+    mask = np.zeros((HEIGHT, WIDTH), np.uint8)
+    mask[2:12, 4:21], mask[2:11, 4:21] = 255, 5
+    Image.fromarray(mask).save(triple / "d.png")
+    samples = load_samples(triple)
+    assert [sample.mask.sum() for sample in samples] == [9 * 17] * 4
+    assert [sample.mask.sum() for sample in load_samples(triple, limit=1)] == [9 * 17]
+
+
 @pytest.mark.parametrize("mode", ["1", "RGB", "P"])
 def test_mask_in_other_modes(triple, mode):
     Image.open(triple / "a.png").convert(mode).save(triple / "a.png")
@@ -138,6 +151,10 @@ def words(folder):
     (folder / "a.txt").write_text("here,there")
 
 
+def bytes_for_a_point(folder):
+    (folder / "a.txt").write_bytes(b"\xff\xfe")
+
+
 def point_is_nan(folder):
     (folder / "a.txt").write_text("nan,5")
 
@@ -156,6 +173,7 @@ def point_is_nan(folder):
         (point_off_mask, r"a\.txt: \(3\.0, 5\.0\) is outside the mask"),
         (three_numbers, r"a\.txt must hold .* got '1,2,3'"),
         (words, r"a\.txt must hold .* got 'here,there'"),
+        (bytes_for_a_point, r"a\.txt is unreadable"),
         (point_is_nan, r"a\.txt: \(nan, 5\.0\) is outside"),
     ],
 )

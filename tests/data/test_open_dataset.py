@@ -101,6 +101,74 @@ def test_soft_edges_are_binary(folder):
     assert np.array_equal(open_dataset(root, "semantic")[0][1]["semantic"], mask_of(0, 0, 0, 1, 1))
 
 
+@pytest.mark.parametrize("task", ["semantic", "promptable"])
+def test_binary_masks_each_have_a_maximum_of_their_own(folder, task):
+    """As where two tools wrote them, one 0 and 1, one 0 and 255, one with soft edges."""
+    masks = mask_of(0, 1), mask_of(0, 255)
+    for third in ([], [mask_of(0, 200, 90, 255)]):
+        data = open_dataset(folder(*masks, *third), task)
+        assert data.classes == (["background", "object"] if task == "semantic" else ["object"])
+        shown = [data[i][1]["semantic" if task == "semantic" else "masks"] for i in range(2)]
+        for mask in shown:
+            assert np.array_equal(mask.reshape(HEIGHT, WIDTH), mask_of(0, 1))
+
+
+def test_palette_of_black_and_one_colour_is_binary(folder):
+    data = open_dataset(folder(mask_of(0, 255), mask_of(0), palette=COLOURS), "semantic")
+    assert data.classes == ["background", "object"]
+    assert np.array_equal(data[0][1]["semantic"], mask_of(0, 1))
+
+
+@pytest.mark.parametrize(
+    ("masks", "message"),
+    [
+        ([mask_of(0, 255), mask_of(1, 2)], r"a\.png holds 0, 255, as .*b\.png holds 0, 1, 2, as"),
+        (
+            [mask_of(2), mask_of(255)],
+            r"b\.png holds 0, 255, as .*, but .*a\.png holds 0, 2, as ind",
+        ),
+        (
+            [mask_of(1, 2), mask_of(*range(120, 130))],
+            r"b\.png holds 0, 120, 121, 122, 123, 124, 125 to 129, as a binary.*a\.png",
+        ),
+    ],
+)
+def test_masks_of_two_kinds_are_refused(folder, masks, message):
+    root = folder(*masks)
+    for task in ("semantic", "promptable"):
+        with pytest.raises(DataError, match=message):
+            open_dataset(root, task)
+    classes = [str(i) for i in range(120)]
+    assert len(open_dataset(root, "semantic", classes=classes)) == 2
+
+
+def test_palette_with_a_binary_mask_is_refused(folder):
+    root = folder(mask_of(1, 2), palette=COLOURS)
+    save(root / "images" / "b.jpg", photograph())
+    for value, rest in ((255, "0, 255"), (200, "0, 200")):
+        save(root / "masks" / "b.png", mask_of(0, value))
+        with pytest.raises(
+            DataError, match=rf"b\.png holds {rest}, as a binary .*a\.png holds 0, 1"
+        ):
+            open_dataset(root, "semantic")
+
+
+def test_255_beside_an_index_is_ignored_elsewhere_too(folder):
+    root = folder(mask_of(1, 255), mask_of(0, 255))
+    data = open_dataset(root, "semantic")
+    assert data.classes == ["background", "class 1"]
+    assert np.array_equal(data[1][1]["semantic"], mask_of(0, 255))
+    with pytest.raises(DataError, match=r"b\.png is empty"):
+        open_dataset(root, "promptable")[1]
+
+
+def test_images_of_background_alone_keep_their_classes(folder):
+    classes = ["background", "a", "b"]
+    data = open_dataset(folder(mask_of(0)), "semantic", classes=classes)
+    assert data.classes == classes
+    assert not data[0][1]["semantic"].any()
+
+
 def test_every_index_is_an_object(folder):
     data = open_dataset(folder(mask_of(3, 0, 1, 255)), "promptable")
     assert data.classes == ["object"]
@@ -125,8 +193,9 @@ def test_point_belongs_to_the_object_beneath_it(folder):
     ("classes", "message"),
     [
         (["background", "a", "b"], "the masks are binary, 2 classes, got"),
-        (["background"], "2 to 255 different names"),
-        (["a", "a"], "2 to 255 different names"),
+        (["background"], "different names, at least 2"),
+        (["a", "a"], "different names, at least 2"),
+        ([str(i) for i in range(256)], "of semantic at most 255"),
     ],
 )
 def test_classes_that_do_not_fit(folder, classes, message):
@@ -200,6 +269,14 @@ def cut_mask(root):
     path.write_bytes(path.read_bytes()[:60])
 
 
+def short_header(root):
+    """For which Pillow has a ValueError of its own."""
+    path = root / "masks" / "a.png"
+    content = bytearray(path.read_bytes())
+    content[11] = 5  # of 13 bytes
+    path.write_bytes(content)
+
+
 @pytest.mark.parametrize(
     ("spoil", "message", "left"),
     [
@@ -211,6 +288,7 @@ def cut_mask(root):
         (lonely_image, r"a\.jpg has no mask .*masks/a\.png", 1),
         (turned_mask, r"a\.png is 20x30 pixels, its image 30x20 \(.*a\.jpg\)", 1),
         (cut_mask, r"a\.png is unreadable", 1),
+        (short_header, r"a\.png is unreadable: Truncated IHDR chunk", 1),
     ],
 )
 def test_what_does_not_fit_is_named_or_left_out(folder, spoil, message, left):
@@ -223,6 +301,18 @@ def test_what_does_not_fit_is_named_or_left_out(folder, spoil, message, left):
     (reason,) = data.skipped
     with pytest.raises(DataError, match=message):
         raise DataError(reason)
+
+
+def test_what_is_skipped_is_listed(folder, caplog):
+    root = folder(mask_of(0, 255), mask_of(255), mask_of(255))
+    cut_mask(root)
+    (root / "images" / "b.jpg").unlink()
+    data = open_dataset(root, "semantic", skip_bad=True)
+    assert len(data) == 1
+    assert [record.getMessage() for record in caplog.records] == [
+        f"left out: {reason}" for reason in data.skipped
+    ]
+    assert len(data.skipped) == 2
 
 
 def test_nothing_left(folder):
@@ -287,6 +377,7 @@ def test_manifest(manifest):
         (LINE | {"mask": "b.png"}, r"b\.png is missing"),
         (LINE | {"points": [[1, 2]]}, r"manifest\.jsonl:2: points must be"),
         (LINE | {"points": [[1]], "labels": [1]}, r"manifest\.jsonl:2: points must be"),
+        (LINE | {"points": [[10**400, 1]], "labels": [1]}, r"manifest\.jsonl:2: points must be"),
         (
             LINE | {"points": [[30, 2]], "labels": [1]},
             r"jsonl:2: \(30\.0, 2\.0\) is outside the 30x",

@@ -74,6 +74,12 @@ def test_split_is_named(voc):
             open_dataset(voc, "semantic", split=split)
 
 
+def test_a_list_that_is_no_text_is_named(voc):
+    (voc / "ImageSets" / "Segmentation" / "train.txt").write_bytes(b"\xff\xfe")
+    with pytest.raises(DataError, match=r"train\.txt is unreadable"):
+        open_dataset(voc, "semantic", split="train")
+
+
 def rewrite(path, change):
     mask = np.array(Image.open(path))
     save_palette(path, change(mask).astype(np.uint8))

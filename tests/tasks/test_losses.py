@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from vfmk.tasks.losses import mask_loss
+from vfmk.tasks.losses import mask_loss, semantic_losses
 
 
 def test_value_by_hand():
@@ -43,3 +43,35 @@ def test_extreme_logits_stay_finite():
     loss.sum().backward()
     assert loss.isfinite().all()
     assert logits.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("ignore", [255, 2])
+def test_semantic_dice_is_that_of_one_hot_truth(ignore):
+    torch.manual_seed(0)
+    logits = torch.randn(2, 5, 7, 9, requires_grad=True)
+    target = torch.randint(5, (2, 7, 9))
+    target[:, :2] = ignore
+    labelled = (target != ignore)[:, None]
+    truth = torch.nn.functional.one_hot(target * labelled[:, 0], 5).permute(0, 3, 1, 2) * labelled
+    probability = logits.softmax(1) * labelled
+    overlap, total = ((p).sum((-2, -1)) for p in (probability * truth, probability + truth))
+    expected = (1 - (2 * overlap + 1) / (total + 1)).mean()
+    dice = semantic_losses(logits, target, ignore)["dice"]
+    torch.testing.assert_close(dice, expected)
+    gradients = [torch.autograd.grad(value, logits)[0] for value in (dice, expected)]
+    torch.testing.assert_close(*gradients)
+
+
+def test_semantic_losses_keep_little():
+    """Two softmaxes in float32 and a byte for each logit; a one-hot in int64 is as much again."""
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    logits = torch.randn(1, 50, 32, 32, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        semantic_losses(logits, torch.randint(50, (1, 32, 32)))
+    size = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    assert size < 2.5 * logits.nbytes

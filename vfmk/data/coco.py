@@ -6,7 +6,7 @@ ids, or by name where `classes` are given.
 
 import json
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from torchvision import tv_tensors
 
 from vfmk.data.dataset import (
     BACKGROUND,
+    IGNORE,
     DataError,
     Item,
     Record,
@@ -29,7 +30,7 @@ from vfmk.data.dataset import (
 )
 from vfmk.data.masks import OBJECT
 
-ROUNDING = 1.0  # pixels by which a box may pass its image's border, as COCO's own do; it is clipped
+ROUNDING = 1.0  # pixels by which a box or polygon may pass its image's border, as COCO's own do
 
 
 @dataclass(frozen=True)
@@ -126,16 +127,22 @@ def coco_records(
     _mask_api()
     content = _load(path)
     labels, names = _labels(path, content["categories"], classes)
+    if task == "semantic" and len(names) > IGNORE:
+        raise DataError(
+            f"{path} has {len(names)} classes with the background, semantic masks at most {IGNORE}"
+        )
     by_image = defaultdict(list)
-    known = {image.get("id") for image in content["images"]}
+    known = {image["id"] for image in content["images"] if isinstance(image.get("id"), int)}
     for entry in content["annotations"]:
         with skipping(skipped):
-            if entry.get("image_id") not in known:
+            image_id = entry.get("image_id")
+            if not isinstance(image_id, int) or image_id not in known:
                 raise DataError(
-                    f"{path}: annotation {entry.get('id')} is for image {entry.get('image_id')}, "
+                    f"{path}: annotation {entry.get('id')} is for image {image_id}, "
                     "which is not there"
                 )
-            by_image[entry["image_id"]].append(entry)
+            by_image[image_id].append(entry)
+    ids = Counter(entry["id"] for entry in content["annotations"] if _has_id(entry))
     folder = _image_folder(path, content["images"])
     files = {p.name for p in folder.iterdir()}
     records: list[Record] = []
@@ -149,7 +156,8 @@ def coco_records(
             if name not in files and not (folder / name).is_file():
                 raise DataError(f"{path}: image {image_id}, {folder / name}, is missing")
             annotations = tuple(
-                _parse_annotation(path, entry, size, labels, task) for entry in by_image[image_id]
+                _parse_annotation(path, entry, size, labels, ids, task)
+                for entry in by_image[image_id]
             )
             if task == "promptable":
                 annotations = tuple(a for a in annotations if not a.is_crowd)
@@ -203,13 +211,15 @@ def _labels(
 
 def _image_folder(path: Path, images: list[dict[str, Any]]) -> Path:
     """Where the images lie: beside the JSON or above it, or in a folder of either that is called
-    `images` or as the JSON's last word (instances_val2017.json: val2017)."""
+    `images` or as the JSON's last words (instances_val2017.json: val2017)."""
     names = [image["file_name"] for image in images if isinstance(image.get("file_name"), str)]
-    split = path.stem.rsplit("_", 1)[-1]
+    words = path.stem.split("_")
+    children = ["", *("_".join(words[i:]) for i in range(len(words)))]
     folders = [
-        parent / child
+        parent / images_or_not / child
         for parent in (path.parent, path.parent.parent)
-        for child in ("", "images", split, f"images/{split}")
+        for images_or_not in ("", "images")
+        for child in children
     ]
     for folder in folders:
         if folder.is_dir() and any((folder / name).is_file() for name in names):
@@ -223,7 +233,7 @@ def _parse_image(path: Path, image: dict[str, Any]) -> tuple[int, str, tuple[int
     size = image.get("height"), image.get("width")
     if not isinstance(image.get("id"), int) or not isinstance(image.get("file_name"), str):
         raise DataError(f"{path}: image {image} has no integer id and file_name")
-    if not all(isinstance(side, int) and side > 0 for side in size):
+    if not all(isinstance(side, int) and 0 < side < 2**31 for side in size):
         raise DataError(f"{path}: image {image['id']} has no height and width")
     return image["id"], image["file_name"], (image["height"], image["width"])
 
@@ -233,11 +243,17 @@ def _parse_annotation(
     entry: dict[str, Any],
     size: tuple[int, int],
     labels: dict[int, int],
+    ids: Counter[int],
     task: TaskName,
 ) -> Annotation:
     name = f"{path}: annotation {entry.get('id')}, of image {entry['image_id']},"
-    if entry.get("category_id") not in labels:
-        raise DataError(f"{name} has the unknown category {entry.get('category_id')}")
+    if not _has_id(entry):
+        raise DataError(f"{name} has no integer id")
+    if ids[entry["id"]] > 1:
+        raise DataError(f"{name} has the id of another annotation")
+    category = entry.get("category_id")
+    if not isinstance(category, int) or category not in labels:
+        raise DataError(f"{name} has the unknown category {category}")
     if entry.get("iscrowd", 0) not in (0, 1):
         raise DataError(f"{name} has iscrowd {entry['iscrowd']}, expected 0 or 1")
     box, segmentation = None, None
@@ -246,8 +262,8 @@ def _parse_annotation(
     if task != "detection":
         segmentation = entry.get("segmentation")
         _check_segmentation(name, segmentation, size)
-    label, is_crowd = labels[entry["category_id"]], entry.get("iscrowd", 0) == 1
-    return Annotation(entry.get("id", -1), label, is_crowd, box, segmentation)
+    is_crowd = entry.get("iscrowd", 0) == 1
+    return Annotation(entry["id"], labels[category], is_crowd, box, segmentation)
 
 
 def _parse_box(name: str, bbox: Any, size: tuple[int, int]) -> tuple[float, float, float, float]:
@@ -259,14 +275,22 @@ def _parse_box(name: str, bbox: Any, size: tuple[int, int]) -> tuple[float, floa
     right, bottom = x + box_width, y + box_height
     if box_width <= 0 or box_height <= 0:
         raise DataError(f"{name} has the degenerate bbox {bbox}")
-    low, high_x, high_y = -ROUNDING, width + ROUNDING, height + ROUNDING
-    if x < low or y < low or right > high_x or bottom > high_y or x >= width or y >= height:
+    is_inside = _is_inside((x, right), width) and _is_inside((y, bottom), height)
+    if not is_inside or x >= width or y >= height:
         raise DataError(f"{name} has the bbox {bbox}, outside its {width}x{height} image")
     return max(x, 0.0), max(y, 0.0), min(right, float(width)), min(bottom, float(height))
 
 
+def _has_id(entry: dict[str, Any]) -> bool:
+    return isinstance(entry.get("id"), int)
+
+
 def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+    return isinstance(value, int | float) and abs(value) < math.inf
+
+
+def _is_inside(coordinates: Sequence[float], length: int) -> bool:
+    return min(coordinates) >= -ROUNDING and max(coordinates) <= length + ROUNDING
 
 
 def _check_segmentation(name: str, segmentation: Any, size: tuple[int, int]) -> None:
@@ -276,6 +300,8 @@ def _check_segmentation(name: str, segmentation: Any, size: tuple[int, int]) -> 
             is_even = isinstance(polygon, list) and len(polygon) >= 6 and len(polygon) % 2 == 0
             if not is_even or not all(map(_is_finite, polygon)):
                 raise DataError(f"{name} has a polygon that is no list x1, y1, ... of 3 points")
+            if not _is_inside(polygon[::2], width) or not _is_inside(polygon[1::2], height):
+                raise DataError(f"{name} has a polygon outside its {width}x{height} image")
         return
     if not isinstance(segmentation, dict) or "counts" not in segmentation:
         raise DataError(f"{name} has no segmentation, neither polygons nor run lengths")

@@ -1,10 +1,12 @@
 """What every source of data becomes: records that are read when asked for, one image each."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, TypeVar, get_args
 
 import numpy as np
 import torch
@@ -16,10 +18,15 @@ TaskName = Literal["promptable", "semantic", "instance", "detection"]
 TASKS: tuple[str, ...] = get_args(TaskName)
 IGNORE = 255  # in semantic masks: no class, not scored
 BACKGROUND = "background"
+THREADS = 8  # that read files while a data set is opened
+# What Pillow raises on broken files.
+BROKEN = (OSError, SyntaxError, EOFError, ValueError, struct.error, Image.DecompressionBombError)
 LONG = 200  # records, from which reading them all shows its progress
 
 Target = dict[str, Any]
 Item = tuple[tv_tensors.Image, Target]
+Input = TypeVar("Input")
+Output = TypeVar("Output")
 
 
 class DataError(ValueError):
@@ -104,8 +111,25 @@ def skipping(skipped: list[str] | None) -> Iterator[None]:
         skipped.append(str(error))
 
 
-def with_progress(items: Sequence[Any], description: str) -> Iterator[Any]:
-    """The items, with a bar on the terminal's stderr where they are many."""
+def in_threads(
+    function: Callable[[Input], Output],
+    items: Sequence[Input],
+    description: str,
+    skipped: list[str] | None,
+) -> Iterator[tuple[Input, Output]]:
+    """Items in order with what the function gives for them, `skipping` those where it fails; with
+    a bar on the terminal's stderr where they are many. Pillow decodes outside Python's lock."""
+    pool = ThreadPoolExecutor(THREADS)
+    try:
+        futures = [pool.submit(function, item) for item in items]
+        for item, future in _with_progress(list(zip(items, futures, strict=True)), description):
+            with skipping(skipped):
+                yield item, future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _with_progress(items: Sequence[Any], description: str) -> Iterator[Any]:
     if len(items) < LONG:
         yield from items
         return
@@ -115,23 +139,15 @@ def with_progress(items: Sequence[Any], description: str) -> Iterator[Any]:
     yield from track(items, description, console=Console(stderr=True), transient=True)
 
 
-def read_array(path: Path, mode: str | None = None) -> np.ndarray:
-    """The pixels, upright as the camera was held: uint8 [H, W] or [H, W, 3].
-
-    With `mode`, as Pillow converts them; else one value or palette index for each pixel.
-    """
+def read_image(path: Path) -> tv_tensors.Image:
+    """uint8 [3, H, W], RGB, upright as the camera was held."""
     with opened(path) as file:
-        if mode is not None and file.mode[0] in "IF":
+        if file.mode[0] in "IF":
             raise DataError(
                 f"{path} has {file.mode} pixels, expected 8 bits a channel: convert it first"
             )
-        upright = ImageOps.exif_transpose(file)
-        return np.array(upright.convert(mode) if mode else upright)
-
-
-def read_image(path: Path) -> tv_tensors.Image:
-    """uint8 [3, H, W], RGB."""
-    return tv_tensors.Image(torch.from_numpy(read_array(path, "RGB")).permute(2, 0, 1))
+        pixels = np.array(ImageOps.exif_transpose(file).convert("RGB"))
+    return tv_tensors.Image(torch.from_numpy(pixels).permute(2, 0, 1))
 
 
 def read_size(path: Path) -> tuple[int, int]:
@@ -151,7 +167,9 @@ def opened(path: Path) -> Iterator[Image.Image]:
             yield file
     except FileNotFoundError:
         raise DataError(f"{path} is missing") from None
-    except (OSError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+    except DataError:
+        raise
+    except BROKEN as error:
         raise DataError(f"{path} is unreadable: {error}") from error
 
 

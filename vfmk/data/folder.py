@@ -17,6 +17,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -31,12 +32,12 @@ from vfmk.data.dataset import (
     Target,
     TaskName,
     check_same_size,
+    in_threads,
     read_image,
     read_size,
     skipping,
-    with_progress,
 )
-from vfmk.data.masks import OBJECT, MaskMeaning, read_mask
+from vfmk.data.masks import OBJECT, MaskMeaning, MaskValues
 from vfmk.data.sample import Sample
 
 PAIR_SUFFIXES = {".jpg", ".jpeg"}  # beside their masks, which are .png
@@ -47,7 +48,7 @@ Point = tuple[float, float]  # (x, y)
 
 
 @dataclass(frozen=True)
-class Pair:
+class FilePair:
     """An image, its mask, and perhaps points with the place where they are written."""
 
     image: Path
@@ -67,7 +68,7 @@ class Pair:
 class MaskedImage:
     """A record of one pair, for the promptable and the semantic task."""
 
-    pair: Pair
+    pair: FilePair
     task: TaskName
     meaning: MaskMeaning
 
@@ -100,7 +101,7 @@ class MaskedImage:
 
 
 def masked_images(
-    pairs: Sequence[Pair],
+    pairs: Sequence[FilePair],
     task: TaskName,
     skipped: list[str] | None,
     classes: Sequence[str] | None = None,
@@ -108,31 +109,17 @@ def masked_images(
     """Records and class names. Reads every mask once, to learn what its values mean.
 
     Raises:
-        DataError: unless into `skipped`; a task that masks alone do not give.
+        DataError: unless into `skipped`; a task that masks alone do not give, masks of two kinds.
     """
     if task not in ("promptable", "semantic"):
         raise DataError(
             f"{task}: mask files name no instances with classes, expected COCO JSON or Pascal VOC"
         )
-    usable, values, is_palette = [], {0}, False
-    for pair in with_progress(pairs, "reading masks"):
-        with skipping(skipped):
-            size = read_size(pair.image)
-            mask, has_palette = read_mask(pair.mask)
-            check_same_size(pair.mask, mask.shape, pair.image, size)
-            for point in pair.points:
-                _check_inside(pair.points_source, point, size)
-            if task == "promptable" and not mask.any():
-                raise DataError(f"{pair.mask} is empty, expected an object")
-            values.update(np.flatnonzero(np.bincount(mask.ravel())).tolist())
-            is_palette |= has_palette
-            usable.append(pair)
-    if task == "promptable":
-        return [MaskedImage(pair, task, MaskMeaning.of(values, is_palette)) for pair in usable], [
-            OBJECT
-        ]
-    meaning = MaskMeaning.of(values, is_palette, classes)
-    return [MaskedImage(pair, task, meaning) for pair in usable], list(meaning.classes)
+    check = partial(_check_pair, task=task)
+    checked = list(in_threads(check, pairs, "reading masks", skipped))
+    meaning = MaskMeaning.of([values for _, values in checked], classes)
+    names = [OBJECT] if task == "promptable" else list(meaning.classes)
+    return [MaskedImage(pair, task, meaning) for pair, _ in checked], names
 
 
 def has_pairs(folder: Path) -> bool:
@@ -145,7 +132,7 @@ def has_pairs(folder: Path) -> bool:
     )
 
 
-def pairs_of_folder(folder: Path, skipped: list[str] | None) -> list[Pair]:
+def pairs_of_folder(folder: Path, skipped: list[str] | None) -> list[FilePair]:
     """Ordered by stem as a string."""
     image_folder, mask_folder, suffixes = folder, folder, PAIR_SUFFIXES
     if (folder / "images").is_dir():
@@ -154,7 +141,7 @@ def pairs_of_folder(folder: Path, skipped: list[str] | None) -> list[Pair]:
     if not images:
         raise DataError(f"{image_folder} has no image ({', '.join(sorted(suffixes))})")
     masks = {p.stem: p for p in mask_folder.glob("*.png")} if mask_folder.is_dir() else {}
-    pairs: dict[str, Pair] = {}
+    pairs: dict[str, FilePair] = {}
     for image in sorted(images, key=lambda p: (p.stem, p.suffix)):
         with skipping(skipped):
             if image.stem not in masks:
@@ -163,7 +150,7 @@ def pairs_of_folder(folder: Path, skipped: list[str] | None) -> list[Pair]:
                 raise DataError(f"{image} has the stem of {pairs[image.stem].image}")
             text = image.with_suffix(".txt")
             points, labels = ((_read_point(text),), (1,)) if text.exists() else ((), ())
-            pairs[image.stem] = Pair(
+            pairs[image.stem] = FilePair(
                 image, masks[image.stem], points, labels, str(text), image.stem
             )
     stems = {image.stem for image in images}
@@ -176,7 +163,7 @@ def pairs_of_folder(folder: Path, skipped: list[str] | None) -> list[Pair]:
 
 def pairs_of_manifest(
     path: Path, split: str | None, skipped: list[str] | None, *, mixed: bool = False
-) -> list[Pair]:
+) -> list[FilePair]:
     """In the manifest's order; without `split` all lines, of several splits only if `mixed`.
 
     Raises:
@@ -201,7 +188,8 @@ def pairs_of_manifest(
             with skipping(skipped):
                 points, labels = _points(source, entry)
                 image, mask = path.parent / entry["image"], path.parent / entry["mask"]
-                pairs.append(Pair(image, mask, points, labels, source, entry.get("id", image.stem)))
+                id = entry.get("id", image.stem)
+                pairs.append(FilePair(image, mask, points, labels, source, id))
     return pairs
 
 
@@ -230,13 +218,12 @@ def load_samples(
         pairs = pairs_of_folder(source, None)
     else:
         pairs = pairs_of_manifest(source, split, None, mixed=True)
-    records, _ = masked_images(pairs[:limit], "promptable", None)
-    return [_sample(record) for record in records]
+    return [sample for _, sample in in_threads(_sample, pairs[:limit], "reading samples", None)]
 
 
-def _sample(record: MaskedImage) -> Sample:
-    pair = record.pair
-    image, target = record.read()
+def _sample(pair: FilePair) -> Sample:
+    meaning = MaskMeaning.of([_check_pair(pair, "promptable")])
+    image, target = MaskedImage(pair, "promptable", meaning).read()
     if len(target["masks"]) > 1:
         raise DataError(f"{pair.mask} has {len(target['masks'])} objects, expected 1")
     mask = target["masks"][0].numpy()
@@ -247,11 +234,22 @@ def _sample(record: MaskedImage) -> Sample:
     return Sample(pair.id, pixels, mask, points, labels)
 
 
+def _check_pair(pair: FilePair, task: TaskName) -> MaskValues:
+    size = read_size(pair.image)
+    mask = MaskValues.read(pair.mask)
+    check_same_size(pair.mask, mask.size, pair.image, size)
+    for point in pair.points:
+        _check_inside(pair.points_source, point, size)
+    if task == "promptable" and not mask.values:
+        raise DataError(f"{pair.mask} is empty, expected an object")
+    return mask
+
+
 def _read_point(path: Path) -> tuple[float, float]:
     try:
         text = path.read_text().strip()
         numbers = [float(part) for part in text.split(",")]
-    except OSError as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} is unreadable: {error}") from error
     except ValueError:
         numbers = []
@@ -283,7 +281,7 @@ def _points(source: str, entry: dict[str, Any]) -> tuple[tuple[Point, ...], tupl
     try:
         if len(points) == len(labels) and all(label in (0, 1) for label in labels):
             return tuple((float(x), float(y)) for x, y in points), tuple(map(int, labels))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         pass
     raise DataError(
         f"{source}: points must be [[x, y], ...] with a label 0 or 1 each, "

@@ -1,5 +1,7 @@
 """Opening a data set by its path: which source it is, and what of it is usable."""
 
+import logging
+import math
 import re
 from collections.abc import Sequence
 from os import PathLike
@@ -8,17 +10,18 @@ from pathlib import Path
 from vfmk.data.coco import coco_records
 from vfmk.data.dataset import (
     BACKGROUND,
+    IGNORE,
     TASKS,
     DataError,
     Record,
     RecordDataset,
     TaskName,
-    skipping,
-    with_progress,
+    in_threads,
 )
 from vfmk.data.folder import has_pairs, masked_images, pairs_of_folder, pairs_of_manifest
 from vfmk.data.voc import is_voc, voc_records
 
+LOGGER = logging.getLogger(__name__)
 MANIFEST = "manifest.jsonl"
 SPLITS = ("train", "val", "test")  # sub-folders
 
@@ -48,7 +51,8 @@ def open_dataset(
     Args:
         task: "promptable", "semantic", "instance" or "detection".
         split: needed where there are several, so that none is mixed into another.
-        skip_bad: leave bad records out and say why in `.skipped`. Reads every record once.
+        skip_bad: leave bad records out, and say why in `.skipped` and the log. Reads every record
+            once.
         classes: names by label, "background" first; as another split has them, for example.
 
     Raises:
@@ -71,15 +75,19 @@ def open_dataset(
     if not records:
         reasons = f", the first of {len(skipped)} reasons: {skipped[0]}" if skipped else ""
         raise DataError(f"{root} has no usable record{reasons}")
+    for reason in skipped or ():
+        LOGGER.warning("left out: %s", reason)
     return RecordDataset(root if root.is_dir() else root.parent, records, names, skipped or [])
 
 
 def _check_classes(task: TaskName, classes: Sequence[str]) -> None:
     if task == "promptable":
         raise ValueError("open_dataset: promptable objects have no classes, got classes")
-    if len(classes) < 2 or len(set(classes)) < len(classes) or len(classes) > 255:
+    most = IGNORE if task == "semantic" else math.inf
+    if not 2 <= len(classes) <= most or len(set(classes)) < len(classes):
         raise ValueError(
-            f"open_dataset: classes must be 2 to 255 different names, got {list(classes)}"
+            "open_dataset: classes must be different names, at least 2 and of semantic at most"
+            f" {IGNORE}, got {list(classes)}"
         )
     if task != "semantic" and classes[0] != BACKGROUND:
         raise ValueError(f"open_dataset: classes[0] must be {BACKGROUND!r}, got {classes[0]!r}")
@@ -136,9 +144,8 @@ def _annotation_file(folder: Path, split: str | None) -> Path:
 
 
 def _readable(records: Sequence[Record], skipped: list[str] | None) -> list[Record]:
-    readable = []
-    for record in with_progress(records, "reading every record"):
-        with skipping(skipped):
-            record.read()
-            readable.append(record)
-    return readable
+    def is_read(record: Record) -> bool:
+        record.read()
+        return True
+
+    return [record for record, _ in in_threads(is_read, records, "reading every record", skipped)]

@@ -84,7 +84,7 @@ class VocImage:
     def _label(self, semantic: np.ndarray, mask: np.ndarray) -> int:
         labels = np.setdiff1d(semantic[mask], (0, IGNORE))
         if len(labels) != 1:
-            value = read_mask(self.object_mask)[0][mask][0]
+            value = read_mask(self.object_mask)[mask][0]
             raise DataError(
                 f"{self.object_mask}: object {value} has the classes {labels.tolist()} in "
                 f"{self.class_mask}, expected one"
@@ -111,7 +111,11 @@ def voc_records(
     lists = sorted(path.stem for path in (folder / SETS).glob("*.txt"))
     if split not in lists:
         raise DataError(f"{folder / SETS} has the splits {lists}, asked for {split!r}")
-    stems = (folder / SETS / f"{split}.txt").read_text().split()
+    listed = folder / SETS / f"{split}.txt"
+    try:
+        stems = listed.read_text("utf-8").split()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{listed} is unreadable: {error}") from error
     names = tuple(classes or CLASSES)
     records: list[Record] = []
     for image_id, stem in enumerate(stems):

@@ -75,10 +75,11 @@ def semantic_losses(logits: Tensor, target: Tensor, ignore: int = 255) -> dict[s
     labelled = target != ignore
     pixels = labelled.sum((-2, -1)).clamp(min=1)
     entropy = F.cross_entropy(logits, target, ignore_index=ignore, reduction="none")
-    probability = logits.softmax(1) * labelled[:, None]
-    classes = F.one_hot(target.masked_fill(~labelled, 0), logits.shape[1]).permute(0, 3, 1, 2)
-    truth = classes * labelled[:, None]
+    probability = logits.softmax(1)
+    # Bool, and products that nothing keeps: with many classes [B, K, H, W] is what takes memory.
+    classes = torch.arange(logits.shape[1], device=target.device)[:, None, None]
+    truth = (target[:, None] == classes) & labelled[:, None]
     overlap = (probability * truth).sum((-2, -1))
-    total = (probability + truth).sum((-2, -1))
+    total = (probability * labelled[:, None]).sum((-2, -1)) + truth.sum((-2, -1))
     dice = 1 - (2 * overlap + DICE_SMOOTHING) / (total + DICE_SMOOTHING)  # [B, K]
     return {"cross_entropy": (entropy.sum((-2, -1)) / pixels).mean(), "dice": dice.mean()}
