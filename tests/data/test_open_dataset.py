@@ -303,18 +303,6 @@ def test_what_does_not_fit_is_named_or_left_out(folder, spoil, message, left):
         raise DataError(reason)
 
 
-def test_what_is_skipped_is_listed(folder, caplog):
-    root = folder(mask_of(0, 255), mask_of(255), mask_of(255))
-    cut_mask(root)
-    (root / "images" / "b.jpg").unlink()
-    data = open_dataset(root, "semantic", skip_bad=True)
-    assert len(data) == 1
-    assert [record.getMessage() for record in caplog.records] == [
-        f"left out: {reason}" for reason in data.skipped
-    ]
-    assert len(data.skipped) == 2
-
-
 def test_nothing_left(folder):
     root = folder(mask_of(0, 255))
     cut_mask(root)

@@ -198,6 +198,19 @@ def test_instance_scores_equal_torchmetrics():
         assert scores[f"{name}_map_50"] == expected["map_50"].item()
 
 
+def test_nothing_predicted_scores_nothing():
+    evaluation = DetectionEvaluation(("bbox", "segm"))
+    _, truth = Shapes("instance", 1)[0]
+    nothing = {
+        "boxes": torch.zeros(0, 4),
+        "scores": torch.zeros(0),
+        "labels": torch.zeros(0, dtype=torch.long),
+        "masks": torch.zeros(0, *truth["masks"].shape[1:], dtype=torch.bool),
+    }
+    evaluation.update(nothing, truth)
+    assert set(evaluation.compute().values()) == {0.0}
+
+
 def test_detections_are_in_pixels_of_the_original():
     """A box over the whole input comes back over the whole image, and so does its mask."""
     task = build("instance").eval()

@@ -1,6 +1,5 @@
 """Opening a data set by its path: which source it is, and what of it is usable."""
 
-import logging
 import math
 import re
 from collections.abc import Sequence
@@ -21,7 +20,6 @@ from vfmk.data.dataset import (
 from vfmk.data.folder import has_pairs, masked_images, pairs_of_folder, pairs_of_manifest
 from vfmk.data.voc import is_voc, voc_records
 
-LOGGER = logging.getLogger(__name__)
 MANIFEST = "manifest.jsonl"
 SPLITS = ("train", "val", "test")  # sub-folders
 
@@ -51,8 +49,7 @@ def open_dataset(
     Args:
         task: "promptable", "semantic", "instance" or "detection".
         split: needed where there are several, so that none is mixed into another.
-        skip_bad: leave bad records out, and say why in `.skipped` and the log. Reads every record
-            once.
+        skip_bad: leave bad records out, and say why in `.skipped`. Reads every record once.
         classes: names by label, "background" first; as another split has them, for example.
 
     Raises:
@@ -75,8 +72,6 @@ def open_dataset(
     if not records:
         reasons = f", the first of {len(skipped)} reasons: {skipped[0]}" if skipped else ""
         raise DataError(f"{root} has no usable record{reasons}")
-    for reason in skipped or ():
-        LOGGER.warning("left out: %s", reason)
     return RecordDataset(root if root.is_dir() else root.parent, records, names, skipped or [])
 
 

@@ -152,7 +152,8 @@ class DetectionEvaluation(Evaluation):
         for name, metric in self.metrics.items():
             result = metric.compute()
             for key in ("map", "map_50"):
-                scores[f"{name}_{key}"] = result[key].item()
+                # COCO's evaluation says -1 where no mask was predicted.
+                scores[f"{name}_{key}"] = max(result[key].item(), 0.0)
         return scores
 
 
