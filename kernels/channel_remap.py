@@ -49,9 +49,9 @@ def _offsets(
         row = pixel // columns
         column = pixel % columns
     if CHANNELS_LAST:
-        offset = row * row_stride.to(tl.int64) + column * column_stride.to(tl.int64)
+        offset = row * tl.cast(row_stride, tl.int64) + column * tl.cast(column_stride, tl.int64)
     else:
-        offset = row * row_stride.to(tl.int64) + column
+        offset = row * tl.cast(row_stride, tl.int64) + column
     return offset
 
 

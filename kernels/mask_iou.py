@@ -33,7 +33,7 @@ NEAR_Y, NEAR_X = 8, 32  # logits that a tile looks at before it computes
 @triton.jit
 def _source(position, source_size, target_size):
     """The two neighbours that an interpolated position reads, and the share of the second."""
-    ratio = source_size.to(tl.float32) / target_size.to(tl.float32)
+    ratio = tl.cast(source_size, tl.float32) / tl.cast(target_size, tl.float32)
     at = tl.maximum(ratio * (position.to(tl.float32) + 0.5) - 0.5, 0.0)
     low = tl.minimum(at.to(tl.int32), source_size - 1)
     high = tl.minimum(low + 1, source_size - 1)

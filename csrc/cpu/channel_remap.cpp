@@ -1,19 +1,23 @@
 // Channels in another order, scaled, on the CPU.
 //
-// A vector holds LANES pixels of one channel. In NCHW they are read in place. In channels-last
-// backward they are transposed on the way in and out, LANES pixels at a time, through planes that
-// stay in the first-level cache; channels-last forward moves vectors of channels instead, where
-// neighbours stay neighbours (most of a map that exchanges a few), and single elements where not.
+// In NCHW a vector holds LANES pixels of one channel, read in place. In channels-last forward the
+// channels of COUNT pixels at a time are put in order in rows that stay in the first-level cache:
+// copied as they stand if most stay in place (as when a map exchanges a few), the others element by
+// element; then whole rows are scaled and written. Backward does the same for such a map; for any
+// other, pixels are transposed on the way in and out, LANES at a time, through planes that stay in
+// the cache, where a channel's readers are as good as neighbours.
 //
 // Backward gathers: each input channel adds up its readers in ascending order and is written once.
-// A reader's share of grad_scale is summed at the same time, over one item, in LANES lanes; the
-// items' sums are added in a fixed order. Items follow from the problem alone: the result does not
-// depend on the number of threads.
+// A reader's share of grad_scale is summed at the same time, over one item, and the items' sums are
+// added in a fixed order. Items follow from the problem alone: the result does not depend on the
+// number of threads.
 //
 // Memory, for N elements of s bytes in and out: forward 2Ns; backward 2Ns, with grad_scale 3Ns.
+// Large results are written past the caches, or they would first be read: Ns more.
 #include "../channel_remap.h"
 
 #include <cstring>
+#include <type_traits>
 
 #include "../parallel.h"
 #include "integers.h"
@@ -22,9 +26,11 @@
 namespace vfmk::channel_remap::cpu::VFMK_ISA {
 namespace {
 
-constexpr int64_t GRAIN = 1 << 15;  // elements that are worth a thread
-constexpr int64_t PIXELS = 512;     // of a channels-last item
-constexpr int BLOCK = 8;            // vectors of one channel between two uses of its readers
+constexpr int64_t GRAIN = 1 << 15;      // elements that are worth a thread
+constexpr int64_t PIXELS = 512;         // of a channels-last item
+constexpr int COUNT = 4;                // pixels of an item that are worked on together
+constexpr int BLOCK = 8;                // vectors of one channel between two uses of its readers
+constexpr int64_t STREAMED = 16 << 20;  // bytes of a result that no cache keeps for its reader
 
 int64_t grain(int64_t elements) { return ceil_div(GRAIN, elements + 1); }
 
@@ -46,6 +52,15 @@ struct Pixels {
   Element* at(Element* data, const Strides& strides) const {
     return data + sample * strides.batch + row * strides.row + column * strides.column;
   }
+  // function(count, first pixel) for COUNT pixels at a time, then for single ones.
+  template <typename Function>
+  void in_steps(const Function& function) const {
+    int64_t pixel = 0;
+    for (; pixel + COUNT <= count; pixel += COUNT) {
+      function(std::integral_constant<int, COUNT>{}, pixel);
+    }
+    for (; pixel < count; ++pixel) function(std::integral_constant<int, 1>{}, pixel);
+  }
 };
 
 template <typename Format>
@@ -53,12 +68,86 @@ float element(const typename Format::Element* data, int64_t at) {
   return data == nullptr ? 1.0f : load<Format>(data + at, 1)[0];
 }
 
+// In whole vectors, as it will be read: a load waits for stores that are parts of it.
+template <typename Format>
+void copy(typename Format::Element* to, const typename Format::Element* from, int64_t count) {
+  int64_t x = 0;
+  for (; x + LANES <= count; x += LANES) {
+    typename Format::Raw raw;
+    std::memcpy(&raw, from + x, sizeof raw);
+    std::memcpy(to + x, &raw, sizeof raw);
+  }
+  std::memcpy(to + x, from + x, (count - x) * sizeof *to);
+}
+
+// A whole vector past the caches; `to` is aligned to it.
+template <typename Format>
+void stream(typename Format::Element* to, typename Format::Raw raw) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof *to == 4) {
+    _mm512_stream_ps(to, (__m512)raw);
+  } else {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(to), (__m256i)raw);
+  }
+#elif defined(__AVX2__)
+  if constexpr (sizeof *to == 4) {
+    _mm256_stream_ps(to, (__m256)raw);
+  } else {
+    _mm_stream_si128(reinterpret_cast<__m128i*>(to), (__m128i)raw);
+  }
+#else
+  std::memcpy(to, &raw, sizeof raw);
+#endif
+}
+
+// Where one thread writes a result of [samples, channels, rows, columns], dense.
+template <typename Format>
+struct Target {
+  using Element = typename Format::Element;
+  Element* data;  // null: nobody wants it
+  bool streamed;
+
+  Target(const Problem& problem, void* result, const Strides& strides, int64_t channels)
+      : data(static_cast<Element*>(result)) {
+    const int64_t elements =
+        problem.maps * problem.samples * channels * problem.rows * problem.columns;
+    const int64_t other = problem.channels_last ? strides.column : strides.channel;
+    const auto address = reinterpret_cast<uintptr_t>(result) / sizeof(Element);
+    const int64_t pitches = strides.batch | strides.row | other | static_cast<int64_t>(address);
+    streamed = elements * static_cast<int64_t>(sizeof(Element)) >= STREAMED && pitches % LANES == 0;
+  }
+  ~Target() {
+#if defined(__AVX2__)
+    if (streamed) _mm_sfence();
+#endif
+  }
+  void write(Element* to, Vec value, int64_t count = LANES) const {
+    if (streamed && count >= LANES) {
+      stream<Format>(to, Format::encode(value));
+    } else {
+      store<Format>(to, value, count);
+    }
+  }
+  void copy(Element* to, const Element* from, int64_t count) const {
+    int64_t x = 0;
+    if (streamed) {
+      for (; x + LANES <= count; x += LANES) {
+        typename Format::Raw raw;
+        std::memcpy(&raw, from + x, sizeof raw);
+        stream<Format>(to + x, raw);
+      }
+    }
+    std::memcpy(to + x, from + x, (count - x) * sizeof(Element));
+  }
+};
+
 template <typename Format>
 void forward_planes(const Problem& problem, const Forward& arguments) {
   using Element = typename Format::Element;
   const auto* scale = static_cast<const Element*>(arguments.scale);
   const int64_t items = problem.maps * problem.samples * problem.output_channels;
   const auto body = [&](int64_t begin, int64_t end) {
+    const Target<Format> output(problem, arguments.output, problem.output, problem.output_channels);
     for (int64_t item = begin; item < end; ++item) {
       const int64_t sample = item / problem.output_channels;
       const int64_t channel = item % problem.output_channels;
@@ -66,16 +155,15 @@ void forward_planes(const Problem& problem, const Forward& arguments) {
       const auto* from = static_cast<const Element*>(arguments.input) +
                          sample * problem.input.batch +
                          arguments.index[entry] * problem.input.channel;
-      auto* to = static_cast<Element*>(arguments.output) + sample * problem.output.batch +
-                 channel * problem.output.channel;
+      auto* to = output.data + sample * problem.output.batch + channel * problem.output.channel;
       const float factor = element<Format>(scale, entry);
       for (int64_t row = 0; row < problem.rows; ++row) {
         if (scale == nullptr) {
-          std::memcpy(to, from, problem.columns * sizeof(Element));
+          output.copy(to, from, problem.columns);
         } else {
           for (int64_t x = 0; x < problem.columns; x += LANES) {
             const int64_t rest = problem.columns - x;
-            store<Format>(to + x, load<Format>(from + x, rest) * factor, rest);
+            output.write(to + x, load<Format>(from + x, rest) * factor, rest);
           }
         }
         from += problem.input.row;
@@ -86,54 +174,90 @@ void forward_planes(const Problem& problem, const Forward& arguments) {
   parallel_for(items, grain(problem.rows * problem.columns), body);
 }
 
-// first[v]: the channel from which on vector v of the output reads LANES neighbours, or -1.
-void find_neighbours(const Problem& problem, const int64_t* index, int64_t* first) {
-  for (int64_t v = 0, c = 0; c < problem.output_channels; ++v, c += LANES) {
-    const int64_t lanes = minimum(problem.output_channels - c, LANES);
-    first[v] = index[c];
-    for (int64_t lane = 1; lane < lanes; ++lane) {
-      if (index[c + lane] != index[c] + lane) first[v] = -1;
+// How a row of channels is put in order: what is copied in place, then what is moved.
+struct Moves {
+  int64_t copied = 0, count = 0;
+  int32_t* to;    // [count]
+  int32_t* from;  // [count]
+
+  static int64_t words(int64_t channels) { return 2 * channels; }
+
+  // Place c takes element source(c) of a row that has `available`, or zero if that is negative.
+  template <typename Source>
+  Moves(void* memory, int64_t channels, int64_t available, const Source& source)
+      : to(static_cast<int32_t*>(memory)), from(to + channels) {
+    int64_t staying = 0;
+    for (int64_t c = 0; c < channels; ++c) staying += source(c) == c;
+    if (2 * staying >= channels) copied = minimum(channels, available);
+    for (int64_t c = 0; c < channels; ++c) {
+      if (c < copied && source(c) == c) continue;
+      to[count] = c;
+      from[count++] = source(c);
     }
   }
-}
 
-template <typename Format, bool SCALED>
+  template <typename Format, int N, typename Element = typename Format::Element>
+  void apply(const Element* row, int64_t step, Element* target, int64_t target_step) const {
+    for (int p = 0; p < N && copied > 0; ++p) {
+      copy<Format>(target + p * target_step, row + p * step, copied);
+    }
+    for (int64_t m = 0; m < count; ++m) {
+      Element values[N];
+      for (int p = 0; p < N; ++p) values[p] = from[m] < 0 ? Element{} : row[p * step + from[m]];
+      for (int p = 0; p < N; ++p) target[p * target_step + to[m]] = values[p];
+    }
+  }
+};
+
+// Elements from one pixel's row to the next: whole vectors, and one more, lest all rows of a power
+// of two channels meet in the same sets of the cache.
+int64_t pitch(int64_t channels) { return round_up(channels, LANES) + LANES; }
+
+template <typename Format>
 void forward_pixels(const Problem& problem, const Forward& arguments) {
   using Element = typename Format::Element;
-  const int64_t vectors = ceil_div(problem.output_channels, LANES);
+  const int64_t channels = problem.output_channels;
+  const int64_t step = pitch(channels);
   const int64_t items = problem.maps * problem.samples * Pixels::chunks(problem);
   const auto body = [&](int64_t begin, int64_t end) {
-    auto* first = reinterpret_cast<int64_t*>(thread_scratch(2 * vectors));
-    int64_t known = -1;
+    const Target<Format> output(problem, arguments.output, problem.output, channels);
+    // Per thread: rows in order | moves.
+    float* scratch = thread_scratch(COUNT * step + Moves::words(channels));
+    auto* rows = reinterpret_cast<Element*>(scratch);
+    void* memory = scratch + COUNT * step;
     for (int64_t item = begin; item < end; ++item) {
       const Pixels pixels(problem, item);
       const int64_t map = pixels.sample / problem.samples;
-      const int64_t* index = arguments.index + map * problem.output_channels;
-      if (map != known) find_neighbours(problem, index, first);
-      known = map;
-      const auto* scale = static_cast<const Element*>(arguments.scale) +
-                          (SCALED ? map * problem.output_channels : 0);
+      const int64_t* index = arguments.index + map * channels;
+      const Moves moves(memory, channels, problem.input_channels,
+                        [&](int64_t c) { return index[c]; });
+      const auto* scale = static_cast<const Element*>(arguments.scale);
+      if (scale != nullptr) scale += map * channels;
       const auto* from = pixels.at(static_cast<const Element*>(arguments.input), problem.input);
-      auto* to = pixels.at(static_cast<Element*>(arguments.output), problem.output);
-      for (int64_t pixel = 0; pixel < pixels.count; ++pixel) {
-        for (int64_t v = 0, c = 0; v < vectors; ++v, c += LANES) {
-          const int64_t lanes = minimum(problem.output_channels - c, LANES);
-          Element gathered[LANES] = {};
-          const Element* source = from + first[v];
-          if (first[v] < 0) {
-            for (int64_t lane = 0; lane < lanes; ++lane) gathered[lane] = from[index[c + lane]];
-            source = gathered;
-          }
-          Vec value = load<Format>(source, lanes);
-          if constexpr (SCALED) value *= load<Format>(scale + c, lanes);
-          store<Format>(to + c, value, lanes);
+      auto* to = pixels.at(output.data, problem.output);
+      pixels.in_steps([&](auto count, int64_t pixel) {
+        const Element* source = from + pixel * problem.input.column;
+        Element* target = to + pixel * problem.output.column;
+        if (scale == nullptr && !output.streamed) {
+          return moves.apply<Format, count()>(source, problem.input.column, target,
+                                              problem.output.column);
         }
-        from += problem.input.column;
-        to += problem.output.column;
-      }
+        moves.apply<Format, count()>(source, problem.input.column, rows, step);
+        for (int p = 0; p < count(); ++p, target += problem.output.column) {
+          const Element* row = rows + p * step;
+          if (scale == nullptr) {
+            output.copy(target, row, channels);
+            continue;
+          }
+          for (int64_t c = 0; c < channels; c += LANES) {
+            const int64_t rest = channels - c;
+            output.write(target + c, load<Format>(row + c) * load<Format>(scale + c, rest), rest);
+          }
+        }
+      });
     }
   };
-  parallel_for(items, grain(PIXELS * problem.output_channels), body);
+  parallel_for(items, grain(PIXELS * channels), body);
 }
 
 // A map's inverse: the readers of channel c are readers[starts[c]] ... readers[starts[c + 1] - 1].
@@ -200,6 +324,8 @@ void backward_planes(const Problem& problem, const Backward& arguments) {
   const auto* scale = static_cast<const Element*>(arguments.scale);
   const int64_t items = problem.maps * problem.samples * problem.input_channels;
   const auto body = [&](int64_t begin, int64_t end) {
+    const Target<Format> grad_input(problem, arguments.grad_input, problem.grad_input,
+                                    problem.input_channels);
     Vec* sums = reinterpret_cast<Vec*>(thread_scratch(problem.output_channels * LANES));
     for (int64_t item = begin; item < end; ++item) {
       const int64_t sample = item / problem.input_channels;
@@ -213,7 +339,7 @@ void backward_planes(const Problem& problem, const Backward& arguments) {
       const auto* own =
           static_cast<const Element*>(arguments.input) +
           (WITH_SUMS ? sample * problem.input.batch + channel * problem.input.channel : 0);
-      auto* to = static_cast<Element*>(arguments.grad_input);
+      Element* to = grad_input.data;
       if (to != nullptr) {
         to += sample * problem.grad_input.batch + channel * problem.grad_input.channel;
       }
@@ -239,14 +365,14 @@ void backward_planes(const Problem& problem, const Backward& arguments) {
             if (target != nullptr) {
 #pragma GCC unroll 8
               for (int p = 0; p < BLOCK; ++p) {
-                store<Format>(target + p * LANES, total[p]);
+                grad_input.write(target + p * LANES, total[p]);
               }
             }
             x += BLOCK * LANES;
           } else {
             Vec total[1];
             add_readers<WITH_SUMS>(first, last, grad_output, input, factor, sums, total);
-            if (target != nullptr) store<Format>(target, total[0], rest);
+            if (target != nullptr) grad_input.write(target, total[0], rest);
             x += LANES;
           }
         }
@@ -261,7 +387,8 @@ void backward_planes(const Problem& problem, const Backward& arguments) {
   parallel_for(items, grain(problem.rows * problem.columns), body);
 }
 
-// LANES pixels of all channels as planes[channel]; pixels from `count` on are zeros.
+// LANES pixels of all channels as planes[channel]; pixels from `count` on are zeros. Fetches the
+// pixels after those, whose rows lie too far apart for the processor to foresee.
 template <typename Format>
 void load_planes(const typename Format::Element* from, int64_t step, int64_t count,
                  int64_t channels, Vec* planes) {
@@ -269,6 +396,7 @@ void load_planes(const typename Format::Element* from, int64_t step, int64_t cou
     Vec square[LANES];
 #pragma GCC unroll 16
     for (int pixel = 0; pixel < LANES; ++pixel) {
+      __builtin_prefetch(from + (pixel + LANES) * step + c, 0, 2);
       square[pixel] = pixel < count ? load<Format>(from + pixel * step + c, channels - c) : Vec{};
     }
     transpose(square);
@@ -278,8 +406,8 @@ void load_planes(const typename Format::Element* from, int64_t step, int64_t cou
 }
 
 template <typename Format>
-void store_planes(typename Format::Element* to, int64_t step, int64_t count, int64_t channels,
-                  const Vec* planes) {
+void store_planes(const Target<Format>& target, typename Format::Element* to, int64_t step,
+                  int64_t count, int64_t channels, const Vec* planes) {
   for (int64_t c = 0; c < channels; c += LANES) {
     Vec square[LANES];
 #pragma GCC unroll 16
@@ -287,40 +415,154 @@ void store_planes(typename Format::Element* to, int64_t step, int64_t count, int
     transpose(square);
 #pragma GCC unroll 16
     for (int pixel = 0; pixel < LANES; ++pixel) {
-      if (pixel < count) store<Format>(to + pixel * step + c, square[pixel], channels - c);
+      if (pixel < count) target.write(to + pixel * step + c, square[pixel], channels - c);
     }
   }
 }
+
+// A channels-last item whose map leaves most channels in place: grad_output is put in the input's
+// order by each channel's first reader, and the other readers are added one by one.
+template <typename Format, bool WITH_SUMS>
+struct RowsBackward {
+  using Element = typename Format::Element;
+
+  const Problem& problem;
+  const Inverse& inverse;
+  const Element* scale;  // of the map, or null
+  int64_t channels = problem.input_channels, step = pitch(channels);
+  Element* rows;      // [COUNT, step], grad_output in order
+  float* totals;      // [COUNT, step]
+  float* factors;     // [step], of the first readers
+  float* first_sums;  // [step]
+  int32_t* others;    // [output_channels, 2]: channel, reader
+  int64_t other_count = 0;
+  Moves moves;
+
+  static int64_t words(const Problem& problem) {
+    const int64_t step = pitch(problem.input_channels);
+    return (2 * COUNT + 2) * step + 2 * problem.output_channels +
+           Moves::words(problem.input_channels);
+  }
+
+  RowsBackward(const Problem& problem, const Inverse& inverse, const Element* scale, float* scratch)
+      : problem(problem),
+        inverse(inverse),
+        scale(scale),
+        rows(reinterpret_cast<Element*>(scratch)),
+        totals(scratch + COUNT * step),
+        factors(totals + COUNT * step),
+        first_sums(factors + step),
+        others(reinterpret_cast<int32_t*>(first_sums + step)),
+        moves(others + 2 * problem.output_channels, channels, problem.output_channels,
+              [&](int64_t c) { return first(c); }) {}
+
+  bool worthwhile() const { return moves.copied > 0 && 4 * moves.count <= channels; }
+
+  int32_t first(int64_t c) const {
+    return inverse.starts[c] < inverse.starts[c + 1] ? inverse.readers[inverse.starts[c]] : -1;
+  }
+
+  // sums [output_channels]: the item's share of grad_scale.
+  void run(const Pixels& pixels, const Element* from, const Element* own,
+           const Target<Format>& target, Element* to, float* sums) {
+    for (int64_t c = 0; c < step; ++c) {
+      const int32_t reader = c < channels ? first(c) : -1;
+      factors[c] = reader < 0 ? 0.0f : element<Format>(scale, reader);
+      first_sums[c] = 0;
+    }
+    other_count = 0;
+    for (int64_t c = 0; c < channels; ++c) {
+      for (int32_t r = inverse.starts[c] + 1; r < inverse.starts[c + 1]; ++r) {
+        others[2 * other_count] = c;
+        others[2 * other_count++ + 1] = inverse.readers[r];
+        sums[inverse.readers[r]] = 0;
+      }
+    }
+    pixels.in_steps([&](auto count, int64_t pixel) {
+      some_pixels<count()>(from + pixel * problem.output.column,
+                           WITH_SUMS ? own + pixel * problem.input.column : nullptr, sums);
+      if (to == nullptr) return;
+      for (int p = 0; p < count(); ++p) {
+        Element* row = to + (pixel + p) * problem.grad_input.column;
+        for (int64_t c = 0; c < channels; c += LANES) {
+          target.write(row + c, load<Float32>(totals + p * step + c), channels - c);
+        }
+      }
+    });
+    for (int64_t c = 0; c < channels; ++c) {
+      if (first(c) >= 0) sums[first(c)] = first_sums[c];
+    }
+  }
+
+  template <int N>
+  void some_pixels(const Element* from, const Element* own, float* sums) {
+    const int64_t from_step = problem.output.column, own_step = problem.input.column;
+    moves.apply<Format, N>(from, from_step, rows, step);
+    for (int64_t c = 0; c < channels; c += LANES) {
+      const Vec factor = load<Float32>(factors + c);
+      Vec products = {};
+#pragma GCC unroll 4
+      for (int p = 0; p < N; ++p) {
+        const Vec gradient = load<Format>(rows + p * step + c);
+        store<Float32>(totals + p * step + c, gradient * factor);
+        if (WITH_SUMS) products += gradient * load<Format>(own + p * own_step + c, channels - c);
+      }
+      if (WITH_SUMS) store<Float32>(first_sums + c, load<Float32>(first_sums + c) + products);
+    }
+    for (int64_t o = 0; o < other_count; ++o) {
+      const int32_t c = others[2 * o], reader = others[2 * o + 1];
+      const float factor = element<Format>(scale, reader);
+      float product = 0;
+      for (int p = 0; p < N; ++p) {
+        const float gradient = element<Format>(from + p * from_step, reader);
+        totals[p * step + c] += gradient * factor;
+        if (WITH_SUMS) product += gradient * element<Format>(own + p * own_step, c);
+      }
+      if (WITH_SUMS) sums[reader] += product;
+    }
+  }
+};
 
 template <typename Format, bool WITH_SUMS>
 void backward_pixels(const Problem& problem, const Backward& arguments) {
   using Element = typename Format::Element;
   const auto* scale = static_cast<const Element*>(arguments.scale);
-  const int64_t inputs = ceil_div(problem.input_channels, LANES) * LANES;
-  const int64_t outputs = ceil_div(problem.output_channels, LANES) * LANES;
+  const int64_t inputs = round_up(problem.input_channels, LANES);
+  const int64_t outputs = round_up(problem.output_channels, LANES);
   const auto body = [&](int64_t begin, int64_t end) {
-    // Per thread: planes of grad_output | planes of the input, then of grad_input | sums | scale.
-    Vec* gradients =
-        reinterpret_cast<Vec*>(thread_scratch((2 * outputs + inputs) * LANES + outputs));
+    const Target<Format> grad_input(problem, arguments.grad_input, problem.grad_input,
+                                    problem.input_channels);
+    // Per thread: planes of grad_output | planes of the input, then of grad_input | sums | scale;
+    // or what RowsBackward takes.
+    float* scratch = thread_scratch(maximum((outputs + inputs) * LANES + 2 * outputs,
+                                            RowsBackward<Format, false>::words(problem)));
+    Vec* gradients = reinterpret_cast<Vec*>(scratch);
     Vec* planes = gradients + outputs;
     Vec* sums = planes + inputs;
-    float* factors = reinterpret_cast<float*>(sums + outputs);
+    float* factors = reinterpret_cast<float*>(sums + outputs / LANES);
     for (int64_t item = begin; item < end; ++item) {
       const Pixels pixels(problem, item);
       const int64_t map = pixels.sample / problem.samples;
+      const int64_t* index = arguments.index + map * problem.output_channels;
       const Inverse inverse(problem, arguments.workspace, map);
-      for (int64_t c = 0; c < problem.output_channels; ++c) {
-        factors[c] = element<Format>(scale, map * problem.output_channels + c);
-        sums[c] = Vec{};
-      }
       const auto* from =
           pixels.at(static_cast<const Element*>(arguments.grad_output), problem.output);
       const auto* own = WITH_SUMS
                             ? pixels.at(static_cast<const Element*>(arguments.input), problem.input)
                             : nullptr;
-      auto* to = arguments.grad_input == nullptr
-                     ? nullptr
-                     : pixels.at(static_cast<Element*>(arguments.grad_input), problem.grad_input);
+      auto* to =
+          grad_input.data == nullptr ? nullptr : pixels.at(grad_input.data, problem.grad_input);
+      const Element* factors_of_map =
+          scale == nullptr ? nullptr : scale + map * problem.output_channels;
+      RowsBackward<Format, WITH_SUMS> by_rows(problem, inverse, factors_of_map, scratch);
+      if (by_rows.worthwhile()) {
+        by_rows.run(pixels, from, own, grad_input, to, sums_of(problem, arguments.workspace, item));
+        continue;
+      }
+      for (int64_t c = 0; c < problem.output_channels; ++c) {
+        factors[c] = element<Format>(factors_of_map, c);
+      }
+      for (int64_t c = 0; c < outputs; c += LANES) sums[c / LANES] = Vec{};
       for (int64_t pixel = 0; pixel < pixels.count; pixel += LANES) {
         const int64_t count = minimum(pixels.count - pixel, LANES);
         load_planes<Format>(from + pixel * problem.output.column, problem.output.column, count,
@@ -328,25 +570,30 @@ void backward_pixels(const Problem& problem, const Backward& arguments) {
         if (WITH_SUMS) {
           load_planes<Format>(own + pixel * problem.input.column, problem.input.column, count,
                               problem.input_channels, planes);
+          for (int64_t c = 0; c < problem.output_channels; c += LANES) {
+            Vec products[LANES];
+#pragma GCC unroll 16
+            for (int lane = 0; lane < LANES; ++lane) {
+              const int64_t last = problem.output_channels - 1;
+              products[lane] = gradients[c + lane] * planes[index[minimum(c + lane, last)]];
+            }
+            sums[c / LANES] += combine_lanes(products, [](Vec a, Vec b) { return a + b; });
+          }
         }
+        if (to == nullptr) continue;
         for (int64_t c = 0; c < problem.input_channels; ++c) {
-          Vec total[1];
-          add_readers<WITH_SUMS>(
-              inverse.readers + inverse.starts[c], inverse.readers + inverse.starts[c + 1],
-              [&](int64_t reader, int) { return gradients[reader]; },
-              [&](int) { return planes[c]; }, [&](int64_t reader) { return factors[reader]; }, sums,
-              total);
-          planes[c] = total[0];
+          Vec total = {};
+          for (int32_t r = inverse.starts[c]; r < inverse.starts[c + 1]; ++r) {
+            total += factors[inverse.readers[r]] * gradients[inverse.readers[r]];
+          }
+          planes[c] = total;
         }
-        if (to != nullptr) {
-          store_planes<Format>(to + pixel * problem.grad_input.column, problem.grad_input.column,
-                               count, problem.input_channels, planes);
-        }
+        store_planes<Format>(grad_input, to + pixel * problem.grad_input.column,
+                             problem.grad_input.column, count, problem.input_channels, planes);
       }
       if (WITH_SUMS) {
-        for (int64_t c = 0; c < problem.output_channels; ++c) {
-          sums_of(problem, arguments.workspace, item)[c] = sum_of_lanes(sums[c]);
-        }
+        std::memcpy(sums_of(problem, arguments.workspace, item), sums,
+                    problem.output_channels * sizeof(float));
       }
     }
   };
@@ -395,8 +642,7 @@ void forward(const Problem& problem, const Forward& arguments) {
   with_format(problem.dtype, [&](auto format) {
     using Format = decltype(format);
     if (!problem.channels_last) return forward_planes<Format>(problem, arguments);
-    if (arguments.scale == nullptr) return forward_pixels<Format, false>(problem, arguments);
-    forward_pixels<Format, true>(problem, arguments);
+    forward_pixels<Format>(problem, arguments);
   });
 }
 

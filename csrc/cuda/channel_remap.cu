@@ -71,7 +71,13 @@ __device__ void store(T* to, const T (&from)[kWidth]) {
   if constexpr (kWidth > 1) {
     uint4 raw;
     memcpy(&raw, from, sizeof raw);
+#if defined(__CUDA_ARCH__)  // nvcc would make four stores of it in channels-last
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(raw.x), "r"(raw.y),
+                 "r"(raw.z), "r"(raw.w)
+                 : "memory");
+#else
     *reinterpret_cast<uint4*>(to) = raw;
+#endif
   } else {
     *to = from[0];
   }

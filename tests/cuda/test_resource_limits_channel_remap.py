@@ -47,3 +47,21 @@ def test_registers_stack_and_spills(built: Callable[..., Path], architecture: in
     for name, *memory, registers in found:
         assert {int(size) for size in memory} == {0}, f"{name} uses local memory"
         assert int(registers) <= REGISTERS[name], name
+
+
+def test_vectors_are_16_bytes(built: Callable[..., Path]) -> None:
+    """Every kernel that works on vectors reads and writes 16 bytes at once."""
+    compiler = nvcc()
+
+    def make(output: Path) -> None:
+        command = [compiler, "-std=c++17", "-O3", "-arch=sm_80", "-ptx", SOURCE, "-o", output]
+        process = subprocess.run(command, capture_output=True, text=True)
+        assert process.returncode == 0, process.stderr
+
+    entries = built("channel_remap.ptx", make).read_text().split(".entry ")[1:]
+    names = r"\d+((?:forward|backward)_(?:planes|pixels)_kernel)I(?:f|\d+\w+)Li[48]E"
+    vectors = [(match[1], entry) for entry in entries if (match := re.search(names, entry))]
+    assert len(vectors) == 4 * 3  # each in float, half and bfloat16
+    for name, entry in vectors:
+        assert re.search(r"ld\.global(?:\.nc)?\.v4\.[buf]32", entry), name
+        assert re.search(r"st\.global\.v4\.[buf]32", entry), name

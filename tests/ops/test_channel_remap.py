@@ -136,7 +136,35 @@ def test_few_channels_exchanged(device, layout):
     assert torch.equal(
         vfmk.ops.channel_remap(input, index, scale), input[:, index] * scale.view(-1, 1, 1)
     )
-    operator_checks.check_accuracy(call(index=index), (input, scale), FP32_LIMIT)
+    for dtype in DTYPES:
+        args = (input.to(dtype), scale.to(dtype))
+        operator_checks.check_accuracy(call(index=index), args, FP32_LIMIT, LEAST_SHARE)
+        operator_checks.check_accuracy(call(index=index), (args[0], None), FP32_LIMIT, LEAST_SHARE)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("kind", ["two exchanged", "permutation"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_larger_than_the_caches(dtype, kind, layout):
+    """Results of 16 MiB and more go past them. One product each, so eager has the same bits."""
+    with operator_checks.target(NAME, "cpu"):
+        channels = 64 if dtype == torch.float32 else 128
+        args, _ = arguments((1, channels, 256, 260), channels, dtype=dtype, layout=layout)
+        index = torch.randperm(channels, generator=torch.Generator().manual_seed(0))
+        if kind == "two exchanged":
+            index = torch.arange(channels)
+            index[[3, 40]] = torch.tensor([40, 3])
+        assert torch.equal(vfmk.ops.channel_remap(args[0], index), args[0].index_select(1, index))
+        output, grad_input, grad_scale = operator_checks.value_and_gradients(
+            call(index=index), args
+        )
+        assert output.nbytes >= 16 << 20
+        expected = operator_checks.value_and_gradients(
+            Call(eager, reference, eager, {"index": index}), args
+        )
+        assert torch.equal(output, expected[0])
+        assert torch.equal(grad_input, expected[1])
+        assert operator_checks.relative_error(grad_scale, expected[2]) <= 1e-2
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])

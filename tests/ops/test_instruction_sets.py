@@ -39,6 +39,15 @@ CASES += [
     f"tests/ops/test_mask_iou.py::test_equals_sam[cpu-noise-{case}]"
     for case in ("tiny", "tiny, reduced", "one column")
 ]
+CASES += [
+    f"tests/ops/test_channel_remap.py::test_{case}"
+    for case in (
+        "few_channels_exchanged[cpu-channels_last]",
+        "larger_than_the_caches[torch.float32-two exchanged-channels_last]",
+        "larger_than_the_caches[torch.bfloat16-permutation-channels_last]",
+        "larger_than_the_caches[torch.bfloat16-permutation-contiguous]",
+    )
+]
 SCRIPT = """
 import sys
 import pytest

@@ -114,9 +114,7 @@ def _forward(input: Tensor, index: Tensor, scale: Tensor | None, dim: int) -> Te
     channels_last = _channels_last(input, dim)
     per_sample = index.dim() == 2
     source = _planes(input, dim, per_sample, channels_last)
-    target = _planes(output, dim, per_sample, channels_last)
-    if _one_row(source, channels_last):
-        source, target = source.flatten(2)[:, :, None], target.flatten(2)[:, :, None]
+    target = _split(output, dim, per_sample, source.shape[2])
     arguments = (source, _maps(index), _maps(scale), channels_last, target)
     _backends.kernel(NAME, "forward", input)(*arguments)
     return output
@@ -142,19 +140,16 @@ def _backward(
     gradients = _empty_gradients(
         grad_output, input, index, scale, input_channels, dim, channels_last, wanted
     )
-    per_sample = index.dim() == 2
-    planes = [
-        None if tensor is None else _planes(tensor, dim, per_sample, channels_last)
-        for tensor in (
-            _in_layout(grad_output, dim, channels_last),
-            input if wanted[1] else None,
-            gradients[0] if wanted[0] else None,
-        )
-    ]
-    if all(tensor is None or _one_row(tensor, channels_last) for tensor in planes):
-        planes = [None if tensor is None else tensor.flatten(2)[:, :, None] for tensor in planes]
+    grad_output = _in_layout(grad_output, dim, channels_last)
+    per_sample, rows, planes = index.dim() == 2, 1, None
+    if wanted[1]:
+        assert input is not None
+        planes = _planes(input, dim, per_sample, channels_last)
+        rows = planes.shape[2]
     arguments = (
-        *(*planes[:2], _maps(index), _maps(scale), input_channels, channels_last, planes[2]),
+        *(_split(grad_output, dim, per_sample, rows), planes, _maps(index), _maps(scale)),
+        *(input_channels, channels_last),
+        _split(gradients[0], dim, per_sample, rows) if wanted[0] else None,
         _maps(gradients[1]) if wanted[1] else None,
     )
     _backends.kernel(NAME, "backward", grad_output)(*arguments)
@@ -212,35 +207,43 @@ def _empty(size: Sequence[int], like: Tensor, dim: int, channels_last: bool) -> 
     return like.new_empty(innermost).movedim(-1, dim)
 
 
+def _is_dense(tensor: Tensor, dim: int, channels_last: bool) -> bool:
+    return (tensor.movedim(dim, -1) if channels_last else tensor).is_contiguous()
+
+
 def _in_layout(tensor: Tensor, dim: int, channels_last: bool) -> Tensor:
-    if not channels_last:
-        return tensor.contiguous()
-    return tensor.movedim(dim, -1).contiguous().movedim(-1, dim)
+    """Dense: itself, or a copy."""
+    if _is_dense(tensor, dim, channels_last):
+        return tensor
+    return (
+        tensor.movedim(dim, -1).contiguous().movedim(-1, dim)
+        if channels_last
+        else tensor.contiguous()
+    )
 
 
 def _planes(tensor: Tensor, dim: int, per_sample: bool, channels_last: bool) -> Tensor:
-    """[N, C, rows, columns] with dense columns, or channels if those are last: a view, or a copy
-    where the strides allow none (never of an output, which is dense)."""
-    view = _four_dimensions(tensor, dim, per_sample)
-    innermost = 1 if channels_last else 3
-    if view.shape[innermost] > 1 and view.stride(innermost) != 1:
-        view = _four_dimensions(_in_layout(tensor, dim, channels_last), dim, per_sample)
-    return view
+    """[N, C, rows, columns] with dense columns, or channels if those are last: a view, in one row
+    where it can be, or a copy where the strides allow none."""
+    if not _is_dense(tensor, dim, channels_last):
+        view = _split(tensor, dim, per_sample, tensor.shape[dim + 1 : -1].numel())
+        innermost = 1 if channels_last else 3
+        if view.shape[innermost] == 1 or view.stride(innermost) == 1:
+            step = view.stride(3) if channels_last else 1
+            one_row = view.shape[2] == 1 or view.stride(2) == view.shape[3] * step
+            return view.flatten(2)[:, :, None] if one_row else view
+        tensor = _in_layout(tensor, dim, channels_last)
+    return _split(tensor, dim, per_sample, 1)
 
 
-def _four_dimensions(tensor: Tensor, dim: int, per_sample: bool) -> Tensor:
+def _split(tensor: Tensor, dim: int, per_sample: bool, rows: int) -> Tensor:
+    """[N, C, rows, columns]: a view of a dense tensor."""
     before, channels, after = tensor.shape[:dim], tensor.shape[dim], tensor.shape[dim + 1 :]
     if after:
-        return tensor.reshape(before.numel(), channels, after[:-1].numel(), after[-1])
+        return tensor.reshape(before.numel(), channels, rows, after.numel() // rows)
     samples = before[0] if per_sample else 1
     pixels = before[1:].numel() if per_sample else before.numel()
-    return tensor.reshape(samples, 1, pixels, channels).permute(0, 3, 1, 2)
-
-
-def _one_row(planes: Tensor, channels_last: bool) -> bool:
-    rows, columns = planes.shape[2:]
-    step = planes.stride(3) if channels_last else 1
-    return rows == 1 or planes.stride(2) == columns * step
+    return tensor.reshape(samples, rows, pixels // rows, channels).permute(0, 3, 1, 2)
 
 
 def _maps(tensor: Tensor | None) -> Tensor | None:
