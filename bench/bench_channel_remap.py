@@ -1,6 +1,8 @@
 """channel_remap against what PyTorch users write today.
 
-Limits for N elements of s bytes: forward 2Ns bytes; backward 2Ns, with the scale's gradient 3Ns.
+Every contender gives its result in the layout of its input, as what follows wants it: PyTorch's
+indexing turns channels-last into NCHW, so a copy back is its part. Limits for N elements of s
+bytes: forward 2Ns bytes; backward 2Ns, with the scale's gradient 3Ns.
 """
 
 import functools
@@ -66,8 +68,11 @@ def bench_channel_remap(benchmark, device, smoke, size, dtype, layout, kind, dir
             input = random(size[0], *size[2:], channels)
         return (input, random(channels)) if scaled else (input,)
 
+    memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
+
     def times(output: Tensor, scale: Tensor | None) -> Tensor:
-        return output if scale is None else output * scale.view(shape)
+        scaled = output if scale is None else output * scale.view(shape)
+        return scaled.contiguous(memory_format=memory_format)
 
     def ours(input: Tensor, scale: Tensor | None = None) -> Tensor:
         return vfmk.ops.channel_remap(input, index, scale, dim=dim)
