@@ -1,46 +1,24 @@
 import itertools
 import json
-import os
-import subprocess
+import re
 import sys
 from dataclasses import dataclass, replace
-from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from segment_anything import SamPredictor
 from torch import nn
 
 import vfmk
 from tests.channels.conftest import CHANNELS, build_sam, build_samples
+from tests.channels.plain import plain_protocol, plain_scores, subsets_of
 from vfmk.channels import ChannelMap, search
 from vfmk.channels.records import Records
+from vfmk.channels.scorers import chunk_size
 from vfmk.data.sample import Sample
-from vfmk.tasks.controls import binary_iou
 
 PAIRS = CHANNELS * (CHANNELS - 1)
-
-
-def plain_scores(sam, samples, sets, sequential=False):
-    """Each set of pairs by itself, through SamPredictor."""
-    predictor, totals = SamPredictor(sam), torch.zeros(len(sets), dtype=torch.float64)
-    for sample in samples:
-        predictor.set_image(sample.image)
-        features = predictor.features.clone()
-        for k, pairs in enumerate(sets):
-            predictor.features = features.clone()
-            for i, j in pairs:
-                source = predictor.features if sequential else features
-                predictor.features[:, i] = source[:, j]
-            masks, _, _ = predictor.predict(sample.points, sample.labels, multimask_output=False)
-            totals[k] += binary_iou(masks[0], sample.mask)
-    return totals / len(samples)
-
-
-def subsets_of(candidates):
-    sizes = range(1, len(candidates) + 1)
-    return [s for size in sizes for s in itertools.combinations(candidates, size)]
 
 
 @pytest.fixture(scope="module")
@@ -49,22 +27,13 @@ def result(sam, samples):
 
 
 def test_exhaustive_equals_the_plain_loop(sam, samples, result):
-    pairs = list(itertools.permutations(range(CHANNELS), 2))
-    scores = plain_scores(sam, samples, [(), *((pair,) for pair in pairs)])
-    assert abs(result.baseline - scores[0]) < 2e-5
-    expected = torch.diag(torch.full((CHANNELS,), result.baseline, dtype=torch.float64))
-    expected[tuple(zip(*pairs, strict=True))] = scores[1:]
-    torch.testing.assert_close(result.singles, expected, rtol=0, atol=2e-5)
-    best = sorted(zip(-scores[1:], pairs, strict=True))
-    by_channel = {}
-    for _, (i, j) in best:
-        by_channel.setdefault(i, (i, j))
-    assert result.candidates == list(by_channel.values())[:4]
-    subsets = subsets_of(result.candidates)
-    scores = plain_scores(sam, samples, subsets)
-    assert abs(result.best_score - scores.max()) < 2e-5
-    assert result.best.pairs == subsets[scores.argmax()]
-    assert result.passes == len(samples) * (1 + PAIRS + len(subsets) - 4)
+    plain = plain_protocol(sam, samples, CHANNELS, top_n=4)
+    torch.testing.assert_close(result.singles, plain.singles, rtol=0, atol=2e-5)
+    assert abs(result.baseline - plain.singles[0, 0]) < 2e-5
+    assert result.candidates == plain.candidates
+    assert result.best.pairs == plain.best
+    assert abs(result.best_score - plain.best_score) < 2e-5
+    assert result.passes == len(samples) * (1 + PAIRS + 2**4 - 1 - 4)
 
 
 def test_sequential_equals_pairs_in_order(sam, samples, result):
@@ -127,7 +96,7 @@ def interrupted(monkeypatch, after):
 
 
 def test_resumes_and_recomputes_nothing(sam, samples, result, tmp_path, monkeypatch):
-    monkeypatch.setattr("vfmk.channels.scorers.CPU_BYTES", 8 * CHANNELS * 64 * 4)
+    monkeypatch.setattr("vfmk.channels.scorers.CPU_BYTES", 8 * 8 * CHANNELS * 64 * 4)
     output = tmp_path / "scores.jsonl"
     with monkeypatch.context() as patch:
         interrupted(patch, after=3)
@@ -267,6 +236,14 @@ def test_any_encoder_and_score():
     assert screened.best_score > screened.baseline
     with pytest.raises(ValueError, match=r"a float for each of \d+ candidates"):
         search(encoder, samples, score_fn=lambda f, s: f.sum(), progress=False)
+    with pytest.raises(ValueError, match="a gradient of the score is not finite"):
+        search(
+            encoder,
+            samples,
+            score_fn=lambda f, s: (f.mean((1, 2)) * 0).sqrt(),
+            strategy="screened",
+            progress=False,
+        )
     with pytest.raises(ValueError, match="needs a score_fn with a gradient"):
         search(
             encoder,
@@ -275,6 +252,90 @@ def test_any_encoder_and_score():
             strategy="screened",
             progress=False,
         )
+
+
+class DinoTokens(nn.Module):
+    """[1, 3, H, W] → [1, N, C] of a DINOv2, its class token first."""
+
+    def __init__(self):
+        super().__init__()
+        from transformers import Dinov2Config, Dinov2Model
+
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+        self.backbone = Dinov2Model(Dinov2Config(image_size=28, patch_size=7, **sizes))
+
+    def forward(self, image):
+        return self.backbone(image).last_hidden_state
+
+
+def labelled_images(count):
+    images = torch.randn(count, 3, 28, 28, generator=torch.Generator().manual_seed(0))
+    return [Labelled(image, k % 3) for k, image in enumerate(images)]
+
+
+def remapped_by_hand(encoder, samples, pair):
+    """Features [1, N, C] with one channel overwritten, image by image."""
+    for sample in samples:
+        with torch.no_grad():
+            features = encoder(sample.image[None])
+        i, j = pair
+        features[..., i] = features[..., j].clone()
+        yield features
+
+
+def test_accuracy_of_a_classifier_on_dinov2():
+    """The second frozen encoder: a linear head on the class token."""
+    encoder, head = DinoTokens().eval(), nn.Linear(24, 3)
+    samples = labelled_images(7)
+    with torch.no_grad():  # between the classes, so that it tells some of them apart
+        tokens = torch.cat([encoder(sample.image[None])[:, 0] for sample in samples])
+        head.bias.copy_(-head.weight @ tokens.mean(0))
+
+    def accuracy(features, sample):
+        return (head(features[:, 0]).argmax(-1) == sample.label).float()
+
+    found = search(encoder, samples, score_fn=accuracy, top_n=3, progress=False)
+    for pair in (*found.candidates, (5, 9)):
+        right = [
+            head(features[0, 0]).argmax() == sample.label
+            for features, sample in zip(
+                remapped_by_hand(encoder, samples, pair), samples, strict=True
+            )
+        ]
+        assert found.singles[pair] == pytest.approx(sum(right).item() / len(samples))
+    assert found.best_score > found.baseline
+
+
+@pytest.mark.parametrize("strategy", ["exhaustive", "screened"])
+def test_depth_on_dinov2(strategy):
+    """A linear head on every patch; the score is −MSE."""
+    encoder, head = DinoTokens().eval(), nn.Linear(24, 1)
+    samples = labelled_images(4)
+    depths = torch.randn(4, 16, generator=torch.Generator().manual_seed(1))
+    for number, sample in enumerate(samples):
+        sample.label = number
+
+    def negative_mse(features, sample):
+        return -(head(features[:, 1:])[..., 0] - depths[sample.label]).square().mean(1)
+
+    options = {"score_fn": negative_mse, "top_n": 3, "progress": False}
+    found = search(encoder, samples, strategy=strategy, **options)
+    pair = found.candidates[0]
+    expected = [
+        negative_mse(features, sample).item()
+        for features, sample in zip(remapped_by_hand(encoder, samples, pair), samples, strict=True)
+    ]
+    assert found.singles[pair] == pytest.approx(sum(expected) / 4, abs=1e-6)
+    assert found.best_score > found.baseline
+
+
+def test_refuses_what_is_no_features():
+    def encoder(image):
+        return {"features": image}
+
+    with pytest.raises(TypeError, match=r"model must give features \[1, C, h, w\].* gave a dict"):
+        search(encoder, labelled_images(1), score_fn=lambda f, s: f.sum(), progress=False)
 
 
 def test_depth_from_feature_maps():
@@ -314,28 +375,65 @@ def test_bad_arguments(sam, samples, options, error, message):
         search(arguments.pop("model"), arguments.pop("samples"), **arguments)
 
 
-SCRIPT = """
-import sys
-import torch.distributed as dist
-from tests.channels.conftest import build_sam, build_samples
-from vfmk.channels import search
-dist.init_process_group("gloo")
-result = search(build_sam(), build_samples(3), top_n=4, output=sys.argv[1], progress=False)
-print(result.best.pairs, f"{result.best_score:.9f}", result.passes)
-"""
+def test_the_authors_scores_are_gone_on_with(sam, samples, result, tmp_path):
+    """Their lines do not say of which run they are."""
+    output = tmp_path / "results.jsonl"
+    score = float(result.singles[2, 3])
+    lines = [
+        {"pairs": [], "miou": result.baseline, "delta": 0.0, "samples": 3},
+        {"pairs": [[2, 3]], "miou": score, "delta": score - result.baseline, "samples": 3},
+    ]
+    output.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    again = search(sam, samples, top_n=4, output=output, progress=False)
+    assert again.passes == result.passes - 2 * len(samples)
+    assert (again.candidates, again.best) == (result.candidates, result.best)
+    assert [json.loads(line) for line in output.read_text().splitlines()[:2]] == lines
 
 
-def test_two_processes_share_the_candidates(result, tmp_path):
-    output, script = tmp_path / "scores.jsonl", tmp_path / "run.py"
-    script.write_text(SCRIPT)
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    done = subprocess.run(
-        [sys.executable, *launcher, script, output],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, "PYTHONPATH": str(Path.cwd()), "OMP_NUM_THREADS": "1"},
+def test_hashes_nothing_without_an_output(sam, samples, monkeypatch):
+    module = sys.modules["vfmk.channels.search"]  # the function of its name hides it
+    monkeypatch.delattr(module, "digest_of_model")
+    search(sam, samples, top_n=1, progress=False)
+
+
+def test_dropout_in_a_decoders_lora_is_off(samples, result):
+    """The decoder's projections are read in eval mode."""
+    import peft
+
+    def with_lora(training):
+        sam = build_sam()
+        torch.manual_seed(1)
+        config = peft.LoraConfig(
+            target_modules=["q_proj"], lora_dropout=0.5, init_lora_weights=False
+        )
+        peft.inject_adapter_in_model(config, sam.mask_decoder)
+        return sam.train(training)
+
+    first, second = (
+        search(with_lora(training), samples, top_n=1, progress=False) for training in (True, False)
     )
-    expected = f"{result.best.pairs} {result.best_score:.9f} {result.passes}\n"
-    assert done.stdout == 2 * expected, done.stderr
-    assert len(output.read_text().splitlines()) == 1 + PAIRS + 15 - 4
+    assert torch.equal(first.singles, second.singles)
+    assert not torch.equal(first.singles, result.singles)
+
+
+def test_progress_says_how_fast_how_long_and_what_is_best(sam, samples, capfd):
+    found = search(sam, samples, top_n=2)
+    lines = capfd.readouterr().err.splitlines()
+    assert [line.split(":")[1] for line in lines] == [" pairs", " subsets"]
+    i, j = found.candidates[0]
+    best = float(found.singles[i, j])
+    assert re.fullmatch(
+        rf"search: pairs: {PAIRS} of {PAIRS}, [\d,]+ passes/s, 0:00:00 left,"
+        rf" best {best:.4f} \({i}:{j}\)",
+        lines[0],
+    )
+
+
+def test_a_chunk_fits_into_the_memory_that_is_free(monkeypatch):
+    gib = 1 << 30
+    features = SimpleNamespace(is_cuda=True, device="cuda", nbytes=4 << 20)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: gib)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: gib // 2)
+    for free, candidates in ((100 * gib, 256), (gib // 2, 16), (-gib // 2 + 1, 1)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 141 * gib))
+        assert chunk_size(features) == candidates

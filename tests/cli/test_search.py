@@ -67,3 +67,21 @@ def test_mistakes_end_in_one_line(data, tmp_path):
     path.write_text('{"pairs": [[1, 1]], "num_channels": 16}')
     arguments = ("--data", data, "--search-data", data, "--out", tmp_path / "out")
     assert "overwrites a channel by itself" in call("apply", "--map", path, *arguments, code=1)
+
+
+def test_apply_knows_for_which_model_a_map_is(data, tmp_path):
+    path = tmp_path / "map.json"
+    arguments = ("--map", path, "--data", data, "--search-data", data, "--out", tmp_path / "out")
+    text = {"pairs": [[2, 1]], "num_channels": 16}
+    path.write_text(json.dumps({**text, "backend": "sam_vit_b"}))
+    output = call("apply", *arguments, code=1)
+    assert "is a map for 'sam_vit_b', the model is 'tiny'" in " ".join(output.split())
+    assert not (tmp_path / "out").exists()
+    path.write_text(json.dumps({**text, "num_channels": 8, "backend": "tiny"}))
+    output = call("apply", *arguments, code=1)
+    assert "the map is for 8 channels, the embedding has 16" in output
+    assert not (tmp_path / "out" / "report.md").exists()
+    for backend in ({"backend": "tiny"}, {"backend": "mine"}, {}):
+        path.write_text(json.dumps({**text, **backend}))
+        told = "does not say for which" in " ".join(call("apply", *arguments).split())
+        assert told == (backend != {"backend": "tiny"})

@@ -12,26 +12,18 @@ import os
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from vfmk.channels.channel_map import Pair
 
-Pairs = tuple[Pair, ...]
+PairSet = tuple[Pair, ...]  # what is scored: pairs of channels, applied together
 RECORD = b'{"pairs": ['  # how each of our lines begins
-
-
-class Score(NamedTuple):
-    """The mean over the first `samples` samples, in the order of the run."""
-
-    value: float
-    samples: int
 
 
 class Records:
     """The file at `path`, held by this run alone until `close`.
 
-    `scores` has for each set of pairs its score over the most samples. Without a path nothing is
-    read or written.
+    `scores` has the mean score of each set of pairs. Without a path nothing is read or written.
 
     Args:
         run: what tells runs apart; a file that does not say, the authors', is taken at its word.
@@ -44,8 +36,7 @@ class Records:
     def __init__(self, path: Path | None, run: Mapping[str, Any], samples: int) -> None:
         self.run = dict(run)
         self.samples = samples
-        self.is_ours = True
-        self.scores: dict[Pairs, Score] = {}
+        self.scores: dict[PairSet, float] = {}
         self._path = path
         self._file: int | None = None
         if path is None:
@@ -59,15 +50,15 @@ class Records:
             self.close()
             raise
 
-    def add(self, scores: Mapping[Pairs, Score]) -> None:
+    def add(self, scores: Mapping[PairSet, float]) -> None:
         """Take in and write down new scores; the frozen model's must come first."""
         self.scores |= scores
         if self._file is None:
             return
-        frozen = self.scores[()].value
+        frozen = self.scores[()]
         lines = []
-        for pairs, (value, samples) in scores.items():
-            line = {"pairs": pairs, "miou": value, "delta": value - frozen, "samples": samples}
+        for pairs, score in scores.items():
+            line = {"pairs": pairs, "miou": score, "delta": score - frozen, "samples": self.samples}
             lines.append(json.dumps(line if pairs else {**line, "run": self.run}))
         content = "".join(f"{line}\n" for line in lines).encode()
         while content:
@@ -108,21 +99,18 @@ class Records:
         try:
             record = json.loads(line)
             pairs = tuple((int(i), int(j)) for i, j in record["pairs"])
-            score = Score(float(record["miou"]), int(record["samples"]))
+            score, samples = float(record["miou"]), int(record["samples"])
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"search: {place}: no record of a score: {error}") from None
         if not self.scores and pairs:
             raise ValueError(f"search: {place}: the frozen model's score must come first")
-        if not pairs:
-            self.is_ours = "run" in record
-            if self.is_ours and record["run"] != self.run:
-                raise ValueError(f"search: {place}: {_difference(record['run'], self.run)}")
-        if not self.is_ours and score.samples != self.samples:
+        if not pairs and record.get("run", self.run) != self.run:
+            raise ValueError(f"search: {place}: {_difference(record['run'], self.run)}")
+        if samples != self.samples:
             raise ValueError(
-                f"search: {place}: a score over {score.samples} samples, there are {self.samples}"
+                f"search: {place}: a score over {samples} samples, there are {self.samples}"
             )
-        if score.samples >= self.scores.get(pairs, score).samples:
-            self.scores[pairs] = score
+        self.scores[pairs] = score
 
 
 def _difference(found: Mapping[str, Any], expected: Mapping[str, Any]) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vfmk import ops
 from vfmk.channels.decoder import CandidateDecoder, Prompted
@@ -14,19 +14,20 @@ if TYPE_CHECKING:
 
     from vfmk.data.sample import Sample
 
-CPU_BYTES = 2 << 20  # of the features of a chunk of candidates: they stay in a core's cache
-CUDA_BYTES = 256 << 20
+COPIES = 8  # of its features: what the decoder holds at once for a candidate
+CPU_BYTES = 8 << 20  # for a chunk of candidates: they stay in the last-level cache
+CUDA_BYTES, CUDA_SHARE = 8 << 30, 0.5  # at most; and of the memory that is free
 SHARPNESS = 4.0  # of the sigmoid that stands for the mask's threshold in its gradient
 
 
 class Scorer(Protocol):
     """Scores candidates. overwritten, read: int64 [K, P], as CandidateDecoder.logits has them."""
 
-    def prepare(self, sample: Any) -> Any:
-        """Encode a sample, once for all candidates."""
+    def encode(self, sample: Any) -> Tensor:
+        """A sample's features: [1, C, h, w], [1, N, C] or [1, C]."""
 
-    def features(self, prepared: Any) -> Tensor:
-        """[1, C, h, w], [1, N, C] or [1, C]."""
+    def prepare(self, sample: Any, features: Tensor) -> Any:
+        """What does not depend on the candidate."""
 
     def scores(self, prepared: Any, overwritten: Tensor, read: Tensor) -> Tensor:
         """[K], any float dtype."""
@@ -53,13 +54,20 @@ class SamScorer:
         self.decoder = CandidateDecoder(sam)
 
     @torch.no_grad()
-    def prepare(self, sample: "Sample") -> _Image:
+    def encode(self, sample: "Sample") -> Tensor:
+        from vfmk.data.records import to_record
+
+        _check_sample(sample)
+        image = to_record(self.sam, sample)["image"]
+        return self.sam.image_encoder(self.sam.preprocess(image)[None])
+
+    @torch.no_grad()
+    def prepare(self, sample: "Sample", features: Tensor) -> _Image:
         from vfmk.data.records import to_record, to_target
 
         _check_sample(sample)
-        sam = self.sam
+        sam, embedding = self.sam, features[0]
         record = to_record(sam, sample)
-        embedding = sam.image_encoder(sam.preprocess(record["image"])[None])[0]
         points = (record["point_coords"], record["point_labels"])
         sparse, dense = sam.prompt_encoder(points=points, boxes=None, masks=None)
         side = 4 * embedding.shape[-1]
@@ -72,9 +80,6 @@ class SamScorer:
             to_target(sam, sample, record, torch.Size((side, side))),
             tuple(record["image"].shape[-2:]),
         )
-
-    def features(self, prepared: _Image) -> Tensor:
-        return prepared.embedding[None]
 
     @torch.no_grad()
     def scores(self, prepared: _Image, overwritten: Tensor, read: Tensor) -> Tensor:
@@ -89,6 +94,7 @@ class SamScorer:
             threshold=self.sam.mask_threshold,
         )
 
+    @torch.enable_grad()
     def gain_estimates(self, prepared: _Image) -> Tensor:
         embedding = prepared.embedding.clone().requires_grad_()
         logits, _ = self.sam.mask_decoder(
@@ -119,11 +125,18 @@ class FeatureScorer:
         self.score_fn = score_fn
 
     @torch.no_grad()
-    def prepare(self, sample: Any) -> tuple[Tensor, Any]:
-        return self.encoder(sample.image[None]), sample
+    def encode(self, sample: Any) -> Tensor:
+        image = sample.image[None].to(_device_of(self.encoder, sample.image))
+        features = self.encoder(image)
+        if not isinstance(features, Tensor) or features.dim() not in (2, 3, 4):
+            raise TypeError(
+                "search: model must give features [1, C, h, w], [1, N, C] or [1, C], gave a"
+                f" {type(features).__name__} {list(getattr(features, 'shape', ()))}"
+            )
+        return features
 
-    def features(self, prepared: tuple[Tensor, Any]) -> Tensor:
-        return prepared[0]
+    def prepare(self, sample: Any, features: Tensor) -> tuple[Tensor, Any]:
+        return features, sample
 
     @torch.no_grad()
     def scores(self, prepared: tuple[Tensor, Any], overwritten: Tensor, read: Tensor) -> Tensor:
@@ -141,6 +154,7 @@ class FeatureScorer:
             )
         return scores
 
+    @torch.enable_grad()
     def gain_estimates(self, prepared: tuple[Tensor, Any]) -> Tensor:
         features, sample = prepared
         features = features.detach().clone().requires_grad_()
@@ -169,9 +183,20 @@ def _check_sample(sample: "Sample") -> None:
 
 def chunk_size(features: Tensor) -> int:
     """How many candidates to score at once, from the features of one."""
-    bytes = CUDA_BYTES if features.is_cuda else CPU_BYTES
-    return max(1, bytes // features.nbytes)
+    budget = CPU_BYTES
+    if features.is_cuda:
+        free, _ = torch.cuda.mem_get_info(features.device)
+        cached = torch.cuda.memory_reserved(features.device)
+        free += cached - torch.cuda.memory_allocated(features.device)
+        budget = min(CUDA_BYTES, int(CUDA_SHARE * free))
+    return max(1, budget // (COPIES * features.nbytes))
 
 
 def channel_dim(features: Tensor) -> int:
     return 1 if features.dim() == 4 else features.dim() - 1
+
+
+def _device_of(encoder: Any, image: Tensor) -> torch.device:
+    """The encoder's, or the image's for one without parameters."""
+    parameters = encoder.parameters() if isinstance(encoder, nn.Module) else iter(())
+    return next((parameter.device for parameter in parameters), image.device)

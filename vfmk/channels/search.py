@@ -4,39 +4,30 @@ Source: Redundancy Elimination for Vision Foundation Models (AAAI 2026, arXiv 25
 every pair of channels, keep the best few, score all their subsets, keep the best.
 """
 
-import datetime
-import hashlib
 import itertools
-import math
-import sys
-import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from vfmk.channels.channel_map import ChannelMap, Pair
-from vfmk.channels.records import Pairs, Records, Score
-from vfmk.channels.scorers import FeatureScorer, SamScorer, Scorer, channel_dim, chunk_size
+from vfmk.channels.digest import digest_of_model, digest_of_samples, modules_of, name_of
+from vfmk.channels.records import PairSet, Records
+from vfmk.channels.scorers import FeatureScorer, SamScorer, Scorer
+from vfmk.channels.scoring import Scoring, agreed, rank
+from vfmk.channels.screening import Group, Place, explore
 from vfmk.sam.adapt import AdaptedSam
 
 if TYPE_CHECKING:
     from segment_anything.modeling import Sam
 
-Items = TypeVar("Items", bound=Sequence[Any])
 STRATEGIES = ("exhaustive", "screened")
-BLOCK_CHUNKS = 4  # chunks of candidates whose scores are written down together
-FIRST_HEAT, FIRST_HEAT_OF_SUBSETS = 6, 12  # a race begins on a 6th, a 12th of the samples
-FINALISTS = 4  # times top_n: what a race leaves to be scored on all samples
-RIVALS = 4  # pairs that overwrite the same channel and go on in a race
-GRADIENT_PASSES = 3  # what a gradient counts for
-NO_SCORE = Score(0.0, 0)
+SCREENED_SUBSETS = 128  # how many "screened" scores; all, if there are no more
 
 
 @dataclass(frozen=True)
@@ -46,14 +37,14 @@ class SearchResult:
     Attributes:
         baseline: the frozen model's score.
         singles: float64 [C, C], the score of each pair: row i overwritten, column j read. The
-            diagonal is the baseline; NaN where "screened" did not score on all samples.
+            diagonal is the baseline; NaN where "screened" did not score.
         candidates: the Top-N pairs, best first.
         best: the map of the best subset; under `sequential` the one that does at once what its
             pairs do in order.
         best_score: its score.
-        passes: decoder passes spent: one for each candidate and sample, three for a gradient.
-        audit: with `audit`, the pairs that were rejected although they score above the worst
-            candidate, of those looked at.
+        passes: decoder passes spent: one for each set of pairs and sample, three for a gradient.
+        audit: with `audit`, the pairs that "screened" passed over although they score above the
+            worst candidate, of those looked at.
     """
 
     baseline: float
@@ -74,36 +65,37 @@ def search(
     score_fn: Callable[[Tensor, Any], Tensor] | None = None,
     sequential: bool = False,
     positive_only: bool = False,
-    keep: float = 0.15,
+    keep: float = 0.08,
     audit: int = 0,
     output: str | PathLike[str] | None = None,
     progress: bool = True,
 ) -> SearchResult:
     """Find the channels of a frozen encoder that are better overwritten by others.
 
-    The score of a candidate is its mean over `samples`; for a SAM the IoU of the single mask for a
-    sample's points, at the image's own size, 0 where mask and prediction are both empty.
+    The score of a set of pairs is its mean over `samples`; for a SAM the IoU of the single mask for
+    a sample's points, at the image's own size, 0 where mask and prediction are both empty.
     "exhaustive" scores all C·(C − 1) pairs, takes the `top_n` best with at most one for each
     overwritten channel, and scores their 2^N − 1 subsets: the published protocol, number by number.
-    "screened" ranks the pairs by a first-order estimate (one gradient a sample gives all), then
-    races the share `keep` of them, and the subsets, over more and more samples; its scores are
-    exact, but a good pair may be missed.
+    "screened" scores the share `keep` of the pairs and 128 of the subsets, the ones that promise
+    most by a first-order estimate (one gradient a sample gives all) and by what was scored before
+    of their like; its scores are exact, but a good pair may be missed.
 
-    Every sample is encoded once. With torch.distributed initialised the candidates are shared out,
-    and each process gets the same result.
+    Every sample is encoded once. With torch.distributed initialised the work is shared out, and
+    each process gets the same result.
 
     Args:
         model: a `segment_anything` Sam or an AdaptedSam, as it is (accelerated, with LoRA, …); with
-            `score_fn` any encoder: `model(sample.image[None])` gives features [1, C, h, w], or
-            [1, N, C] or [1, C] with the channels last.
+            `score_fn` any encoder: `model(sample.image[None])`, the image moved to its device,
+            gives features [1, C, h, w], or [1, N, C] or [1, C] with the channels last.
         samples: from `load_samples`; with `score_fn` anything with an `image`, a tensor.
         top_n: pairs whose subsets are scored, 1 to 16.
-        score_fn: `score_fn(features, sample)`, for features of K candidates at once, gives a float
-            tensor [K], more being better. "screened" needs its gradient.
+        score_fn: `score_fn(features, sample)`, for features of K sets of pairs at once, gives a
+            float tensor [K], more being better. "screened" needs its gradient.
         sequential: apply the pairs of a subset one after the other, as the authors' early scripts
             do, instead of all at once.
         positive_only: take no candidate that scores below the frozen model.
-        audit: score so many of the pairs that "screened" rejected, drawn at random.
+        keep: the share of the pairs that "screened" scores, in (0, 1].
+        audit: score so many of the pairs that "screened" passed over, drawn at random.
         output: a JSONL file of scores in the authors' format. If it exists the search goes on where
             it ended; it is locked while the search runs.
         progress: report to stderr.
@@ -112,66 +104,159 @@ def search(
         TypeError: a model that is no SAM, without a score_fn.
         ValueError: no samples, an empty mask, an argument out of range; an output that another run
             holds, or that is of another model, samples or options.
+
+    Example, a DINOv2 of `transformers` and the accuracy of a linear head on its tokens::
+
+        class Tokens(torch.nn.Module):
+            def __init__(self, backbone):
+                super().__init__()
+                self.backbone = backbone
+
+            def forward(self, image):  # [1, 3, H, W] → [1, N, C]
+                return self.backbone(image).last_hidden_state
+
+        def accuracy(features, sample):  # [K, N, C] → [K]
+            return (head(features[:, 0]).argmax(-1) == sample.label).float()
+
+        result = search(Tokens(backbone), samples, score_fn=accuracy)
+
+    or the depth of every patch, held against `sample.depth` [N]::
+
+        def negative_mse(features, sample):
+            return -(depth_head(features[:, 1:])[..., 0] - sample.depth).square().mean(1)
     """
     _check_arguments(samples, top_n, strategy, keep, audit)
-    scorer: Scorer = (
-        SamScorer(_sam_of(model)) if score_fn is None else FeatureScorer(model, score_fn)
-    )
-    run = {
-        "model": _digest_of_model(model),
-        "samples": _digest_of_samples(samples),
-        "score": "IoU" if score_fn is None else _name_of(score_fn),
-        "sequential": sequential,
-    }
-    records = Records(Path(output) if output and _rank() == 0 else None, run, len(samples))
-    with _in_eval_mode(model):
-        try:
-            scoring = _Scoring(scorer, samples, records, sequential, progress)
+    path, run = None, {}
+    if output and rank() == 0:
+        path = Path(output)
+        run = {
+            "model": digest_of_model(model),
+            "samples": digest_of_samples(samples),
+            "score": "IoU" if score_fn is None else name_of(score_fn),
+            "sequential": sequential,
+        }
+    records = Records(path, run, len(samples))
+    try:
+        with _in_eval_mode(model):
+            scorer: Scorer = (
+                SamScorer(_sam_of(model)) if score_fn is None else FeatureScorer(model, score_fn)
+            )
+            scoring = Scoring(scorer, samples, records, sequential, progress)
             return _search(scoring, top_n, strategy, positive_only, keep, audit)
-        finally:
-            records.close()
+    finally:
+        records.close()
 
 
 def _search(
-    scoring: "_Scoring", top_n: int, strategy: str, positive_only: bool, keep: float, audit: int
+    scoring: Scoring, top_n: int, strategy: str, positive_only: bool, keep: float, audit: int
 ) -> SearchResult:
-    channels = scoring.num_channels
-    (baseline,) = scoring.score([()], "frozen model")
-    pairs: list[Pairs] = [(pair,) for pair in itertools.permutations(range(channels), 2)]
-    rejected: list[Pairs] = []
+    (baseline,) = scoring.score([()], scoring.report("frozen model", 1))
     if strategy == "screened":
-        estimates = scoring.gain_estimates()
-        gains = estimates.mean(0).tolist()
-        pairs.sort(key=lambda pairs: gains[pairs[0][0]][pairs[0][1]], reverse=True)
-        kept = max(round(keep * len(pairs)), top_n)
-        pairs, rejected = pairs[:kept], pairs[kept:]
-        pairs = scoring.race_pairs(pairs, FINALISTS * top_n, estimates)
-    singles = torch.full((channels, channels), torch.nan, dtype=torch.float64)
-    singles.fill_diagonal_(baseline)
-    for (pair,), score in zip(pairs, scoring.score(pairs, "pairs"), strict=True):
-        singles[pair] = score
+        singles = _screened_pairs(scoring, baseline, keep)
+    else:
+        singles = _all_pairs(scoring, baseline)
     candidates = _top(singles, top_n, baseline if positive_only else -torch.inf)
-    subsets: list[Pairs] = [
+    subsets: list[PairSet] = [
         subset
         for size in range(1, len(candidates) + 1)
         for subset in itertools.combinations(candidates, size)
     ]
-    if strategy == "screened":
-        subsets = scoring.race(subsets, FINALISTS * top_n)
-    scored = zip(scoring.score(subsets, "subsets"), subsets, strict=True)
-    best_score, best = min(
-        scored, key=lambda one: (-one[0], len(one[1]), one[1]), default=(baseline, ())
-    )
-    audited: list[Pair] | None = None
-    if audit:
-        drawn = torch.randperm(len(rejected), generator=_generator())[:audit].tolist()
-        looked_at = [rejected[i] for i in drawn]
-        bar = min((singles[pair] for pair in candidates), default=baseline)
-        scores = scoring.score(looked_at, "audit")
-        audited = [p for (p,), score in zip(looked_at, scores, strict=True) if score > bar]
+    if strategy == "screened" and len(subsets) > SCREENED_SUBSETS:
+        scores = _screened_subsets(scoring, baseline, candidates, subsets)
+    else:
+        report = scoring.report("subsets", len(subsets))
+        scores = dict(zip(subsets, scoring.score(subsets, report), strict=True))
+        report.close()
+    best = min(scores, key=lambda pairs: (-scores[pairs], len(pairs), pairs), default=())
     return SearchResult(
-        baseline, singles, candidates, scoring.map_of(best), best_score, scoring.passes, audited
+        baseline,
+        singles,
+        candidates,
+        scoring.map_of(best),
+        scores.get(best, baseline),
+        scoring.passes,
+        _audited(scoring, singles, candidates, audit) if audit else None,
     )
+
+
+def _all_pairs(scoring: Scoring, baseline: float) -> Tensor:
+    """`SearchResult.singles`."""
+    channels = scoring.num_channels
+    singles = torch.full((channels, channels), baseline, dtype=torch.float64)
+    pairs = list(itertools.permutations(range(channels), 2))
+    report = scoring.report("pairs", len(pairs))
+    scores = scoring.score([(pair,) for pair in pairs], report)
+    report.close()
+    for pair, score in zip(pairs, scores, strict=True):
+        singles[pair] = score
+    return singles
+
+
+def _screened_pairs(scoring: Scoring, baseline: float, keep: float) -> Tensor:
+    """The same, NaN where a pair was passed over. Channel i gains alike from reading channels that
+    are alike, and nothing from itself."""
+    channels = scoring.num_channels
+    budget = max(1, round(keep * channels * (channels - 1)))
+    distances = scoring.channel_distances()
+    off_diagonal = distances[~torch.eye(channels, dtype=torch.bool)]
+    distances /= off_diagonal.median().clamp(min=torch.finfo(distances.dtype).tiny)
+    groups = [Group(lambda points: distances[:, points], channel) for channel in range(channels)]
+    gains = torch.full((channels, channels), torch.nan, dtype=torch.float64)
+    report = scoring.report("pairs", budget)
+
+    def score(places: list[Place]) -> dict[Place, float]:
+        pairs: list[Pair] = agreed(places)
+        scores = scoring.score([(pair,) for pair in pairs], report)
+        return {pair: score - baseline for pair, score in zip(pairs, scores, strict=True)}
+
+    explore(score, gains, scoring.gain_estimates(), groups, budget)
+    report.close()
+    return (gains + baseline).fill_diagonal_(baseline)
+
+
+def _screened_subsets(
+    scoring: Scoring, baseline: float, candidates: Sequence[Pair], subsets: Sequence[PairSet]
+) -> dict[PairSet, float]:
+    """Scores of the single candidates and of the most promising other subsets. Subsets that differ
+    in few pairs gain alike; the estimate is the sum of their pairs' gains."""
+    sets = [(), *subsets]
+    members = torch.tensor([[pair in pairs for pair in candidates] for pairs in sets]).double()
+
+    def distances(points: Tensor) -> Tensor:  # a median pair of subsets differs in half the pairs
+        return torch.cdist(members, members[points], p=1) / (len(candidates) / 2)
+
+    report = scoring.report("subsets", SCREENED_SUBSETS)
+    gains = torch.full((1, len(sets)), torch.nan, dtype=torch.float64)
+    singles = sets[1 : len(candidates) + 1]
+    scores = dict(zip(singles, scoring.score(singles, report), strict=True))
+    of_singles = torch.tensor([scores[single] - baseline for single in singles])
+    gains[0, 1 : len(candidates) + 1] = of_singles
+
+    def score(places: list[Place]) -> dict[Place, float]:
+        places = agreed(places)
+        chosen = [sets[number] for _, number in places]
+        scores.update(zip(chosen, scoring.score(chosen, report), strict=True))
+        return {
+            place: scores[pairs] - baseline for place, pairs in zip(places, chosen, strict=True)
+        }
+
+    estimates = (members @ of_singles.double())[None]
+    explore(score, gains, estimates, [Group(distances, 0)], SCREENED_SUBSETS - len(candidates))
+    report.close()
+    return scores
+
+
+def _audited(
+    scoring: Scoring, singles: Tensor, candidates: Sequence[Pair], count: int
+) -> list[Pair]:
+    passed_over = [(i, j) for i, j in singles.isnan().nonzero().tolist()]
+    drawn = torch.randperm(len(passed_over), generator=torch.Generator().manual_seed(0))[:count]
+    pairs = [passed_over[number] for number in drawn]
+    bar = min((float(singles[pair]) for pair in candidates), default=float(singles[0, 0]))
+    report = scoring.report("audit", len(pairs))
+    scores = scoring.score([(pair,) for pair in pairs], report)
+    report.close()
+    return [pair for pair, score in zip(pairs, scores, strict=True) if score > bar]
 
 
 def _top(singles: Tensor, top_n: int, bar: float) -> list[Pair]:
@@ -185,183 +270,6 @@ def _top(singles: Tensor, top_n: int, bar: float) -> list[Pair]:
             break
         best.setdefault(i, (i, j))
     return list(best.values())
-
-
-class _Scoring:
-    """Scores of candidates, each a set of pairs: from the records, or computed and put there."""
-
-    def __init__(
-        self,
-        scorer: Scorer,
-        samples: Sequence[Any],
-        records: Records,
-        sequential: bool,
-        progress: bool,
-    ) -> None:
-        # Races look at the first samples; the order given may be one of likeness.
-        order = torch.randperm(len(samples), generator=_generator()).tolist()
-        self.prepared = [scorer.prepare(samples[i]) for i in order]
-        self.scorer = scorer
-        self.records = records
-        self.sequential = sequential
-        self.progress = progress
-        self.passes = 0
-        features = scorer.features(self.prepared[0])
-        self.device = features.device
-        self.num_channels = features.shape[channel_dim(features)]
-        self.chunk = chunk_size(features)
-        for prepared in self.prepared:
-            found = scorer.features(prepared)
-            if found.shape[channel_dim(found)] != self.num_channels:
-                raise ValueError(
-                    f"search: the features of one sample have {self.num_channels} channels, of"
-                    f" another {found.shape[channel_dim(found)]}"
-                )
-        if _world_size() > 1:
-            shared = [records.scores]
-            torch.distributed.broadcast_object_list(shared)
-            records.scores = shared[0]
-
-    def map_of(self, pairs: Pairs) -> ChannelMap:
-        if self.sequential:
-            return ChannelMap.in_order(pairs, self.num_channels)
-        return ChannelMap(pairs, self.num_channels)
-
-    def score(
-        self, candidates: Sequence[Pairs], title: str, samples: int | None = None
-    ) -> list[float]:
-        """Means over the first `samples` samples, by default all, or over more where known."""
-        samples = samples or len(self.prepared)
-        known = self.records.scores
-        missing = [pairs for pairs in candidates if known.get(pairs, NO_SCORE).samples < samples]
-        missing.sort(key=lambda pairs: known.get(pairs, NO_SCORE).samples)
-        report = _Report(title, len(missing), self.progress and _rank() == 0)
-        for begun, group in itertools.groupby(
-            missing, key=lambda pairs: known.get(pairs, NO_SCORE).samples
-        ):
-            for block in _blocks(list(group), BLOCK_CHUNKS * self.chunk * _world_size()):
-                sums = self._sums(block, begun, samples)
-                new = {
-                    pairs: Score(
-                        (known.get(pairs, NO_SCORE).value * begun + total) / samples, samples
-                    )
-                    for pairs, total in zip(block, sums, strict=True)
-                }
-                self.records.add(new)
-                report.advance(len(block), (samples - begun) * len(block), new)
-        report.close()
-        return [known[pairs].value for pairs in candidates]
-
-    def race_pairs(
-        self, candidates: Sequence[Pairs], finalists: int, estimates: Tensor
-    ) -> list[Pairs]:
-        """The single pairs that stay ahead while the samples double and the field halves.
-
-        What the first samples say of a pair is corrected by how much they flatter its first-order
-        estimate [samples, C, C]. Of the pairs that overwrite one channel only the best few go on.
-        """
-        remaining = list(candidates)
-        samples = max(2, len(self.prepared) // FIRST_HEAT)
-        sums = estimates.cumsum(0)
-        mean = sums[-1] / len(estimates)
-        while samples < len(self.prepared) and len(remaining) > finalists:
-            self.score(remaining, f"pairs, on {samples} samples", samples)
-            corrected = {}
-            for pairs in remaining:
-                score, known = self.records.scores[pairs]
-                (pair,) = pairs
-                corrected[pairs] = score - float(sums[known - 1][pair] / known - mean[pair])
-            ahead: list[Pairs] = []
-            rivals: Counter[int] = Counter()
-            for pairs in sorted(corrected, key=corrected.__getitem__, reverse=True):
-                rivals[pairs[0][0]] += 1
-                if rivals[pairs[0][0]] <= RIVALS:
-                    ahead.append(pairs)
-            remaining = ahead[: max(finalists, len(remaining) // 2)]
-            samples *= 2
-        return remaining
-
-    def race(self, candidates: Sequence[Pairs], finalists: int) -> list[Pairs]:
-        """The subsets that stay ahead while the samples double and the field halves."""
-        remaining = list(candidates)
-        samples = max(2, len(self.prepared) // FIRST_HEAT_OF_SUBSETS)
-        while samples < len(self.prepared) and len(remaining) > finalists:
-            scores = self.score(remaining, f"subsets, on {samples} samples", samples)
-            order = sorted(range(len(remaining)), key=lambda k: scores[k], reverse=True)
-            remaining = [remaining[k] for k in order[: max(finalists, len(order) // 2)]]
-            samples *= 2
-        return remaining
-
-    def gain_estimates(self) -> Tensor:
-        """To first order, what each pair adds to the score of each sample: [samples, C, C]."""
-        estimates = torch.zeros(
-            len(self.prepared), self.num_channels, self.num_channels, device=self.device
-        )
-        for number in range(_rank(), len(self.prepared), _world_size()):
-            estimates[number] = self.scorer.gain_estimates(self.prepared[number]).detach()
-        self.passes += GRADIENT_PASSES * len(self.prepared)
-        return _summed(estimates).cpu()
-
-    def _sums(self, block: Sequence[Pairs], begin: int, end: int) -> list[float]:
-        """Sums of the scores on samples [begin, end)."""
-        sums = torch.zeros(len(block), dtype=torch.float64, device=self.device)
-        mine = range(_rank(), len(block), _world_size())
-        for chunk in _blocks(mine, self.chunk):
-            overwritten, read = self._tensors([block[i] for i in chunk])
-            of_chunk = sums[chunk.start : chunk.stop : chunk.step]
-            for prepared in self.prepared[begin:end]:
-                of_chunk += self.scorer.scores(prepared, overwritten, read).double()
-        if not sums.isfinite().all():
-            raise ValueError("search: a score is not finite")
-        self.passes += len(block) * (end - begin)
-        return _summed(sums).tolist()
-
-    def _tensors(self, candidates: Sequence[Pairs]) -> tuple[Tensor, Tensor]:
-        """Channels overwritten and read, [K, P]; short sets are filled up with (0, 0)."""
-        sets = [self.map_of(pairs).pairs for pairs in candidates]
-        width = max(1, *map(len, sets))
-        filled = [[*pairs, *[(0, 0)] * (width - len(pairs))] for pairs in sets]
-        overwritten, read = torch.tensor(filled, device=self.device).unbind(-1)
-        return overwritten, read
-
-
-class _Report:
-    """A line on stderr: how far, how fast, how long to go, the best so far."""
-
-    def __init__(self, title: str, total: int, shown: bool) -> None:
-        self.title, self.total, self.shown = title, total, shown and total > 1
-        self.done = self.passes = 0
-        self.best = -math.inf
-        self.begun = self.printed = time.monotonic()
-        self.live = sys.stderr.isatty()
-
-    def advance(self, candidates: int, passes: int, scores: Mapping[Pairs, Score]) -> None:
-        self.done += candidates
-        self.passes += passes
-        for pairs, score in scores.items():
-            if score.value > self.best:
-                self.best, self.best_pairs = score.value, pairs
-        now = time.monotonic()
-        if self.shown and now - self.printed > (0.2 if self.live else 30):
-            self.printed = now
-            self._print(now)
-
-    def close(self) -> None:
-        if self.shown and self.done:
-            self._print(time.monotonic())
-            print(file=sys.stderr)
-
-    def _print(self, now: float) -> None:
-        seconds = now - self.begun
-        left = datetime.timedelta(seconds=round(seconds / self.done * (self.total - self.done)))
-        best = " ".join(f"{i}:{j}" for i, j in self.best_pairs)
-        line = (
-            f"search: {self.title}: {self.done:,} of {self.total:,}, {self.passes / seconds:,.0f}"
-            f" passes/s, {left} left, best {self.best:.4f} ({best})"
-        )
-        print(
-            f"\r{line}\x1b[K" if self.live else line, end="" if self.live else "\n", file=sys.stderr
-        )
 
 
 def _check_arguments(
@@ -395,7 +303,7 @@ def _sam_of(model: Any) -> "Sam":
 
 @contextmanager
 def _in_eval_mode(model: Any) -> Iterator[None]:
-    training = [module for module in _modules(model) if module.training]
+    training = [module for module in modules_of(model) if module.training]
     for module in training:
         module.training = False
     try:
@@ -403,72 +311,3 @@ def _in_eval_mode(model: Any) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-def _modules(model: Any) -> list[nn.Module]:
-    """The model's, and those of the adapters in force, which a Sam does not own."""
-    if not isinstance(model, nn.Module):
-        return []
-    stacks = {stack for module in model.modules() for stack in vars(module).get("_adapters", ())}
-    return [*model.modules(), *(module for stack in stacks for module in stack.modules())]
-
-
-def _digest_of_model(model: Any) -> str:
-    items: list[tuple[str, Any]] = [("", _name_of(model))]
-    for module in _modules(model):
-        tensors = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
-        items += [("", type(module).__name__ + module.extra_repr()), *tensors]
-    return _digest(items)
-
-
-def _name_of(model: Any) -> str:
-    return getattr(model, "__qualname__", type(model).__qualname__)
-
-
-def _digest_of_samples(samples: Sequence[Any]) -> str:
-    return _digest([item for sample in samples for item in sorted(vars(sample).items())])
-
-
-def _digest(items: Iterable[tuple[str, Any]]) -> str:
-    """SHA-256 of named tensors, arrays, strings and numbers; of other values the name."""
-    digest = hashlib.sha256()
-    for name, value in items:
-        digest.update(name.encode())
-        if isinstance(value, str | int | float):
-            digest.update(repr(value).encode())
-        elif isinstance(value, Tensor):
-            digest.update(
-                value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
-            )
-        elif hasattr(value, "tobytes"):
-            digest.update(value.tobytes())
-    return digest.hexdigest()
-
-
-def _generator() -> torch.Generator:
-    return torch.Generator().manual_seed(0)
-
-
-def _blocks(items: Items, size: int) -> Iterator[Items]:
-    for begin in range(0, len(items), size):
-        yield items[begin : begin + size]  # type: ignore[misc]  # a slice is of the same type
-
-
-def _summed(tensor: Tensor) -> Tensor:
-    """Over all processes."""
-    if _world_size() > 1:
-        torch.distributed.all_reduce(tensor)
-    return tensor
-
-
-def _world_size() -> int:
-    distributed = torch.distributed
-    return distributed.get_world_size() if _initialized() else 1
-
-
-def _rank() -> int:
-    return torch.distributed.get_rank() if _initialized() else 0
-
-
-def _initialized() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()

@@ -1,5 +1,6 @@
 """`vfmk apply`."""
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +10,8 @@ from typer import Option
 
 from vfmk.cli.model import load_model
 from vfmk.cli.progress import plain_errors
+
+MODELS = ("tiny", "vit_b", "vit_l", "vit_h")
 
 
 def apply(
@@ -28,11 +31,32 @@ def apply(
         from vfmk.channels import ChannelMap, load_samples
         from vfmk.tasks.remap import run_apply
 
+        channel_map = ChannelMap.load(map)
+        check_backend(map, model)
         run_apply(
             load_model(model, checkpoint, adapter),
-            ChannelMap.load(map),
+            channel_map,
             load_samples(search_data, limit),
             load_samples(data),
             out,
         )
     Console().print(Markdown((out / "report.md").read_text()))
+
+
+def check_backend(map: Path, model: str) -> None:
+    """Whether the map was searched for this model; the channels of another mean something else.
+
+    Raises:
+        ValueError: it was searched for another.
+    """
+    backend = str(json.loads(map.read_text()).get("backend", ""))
+    named = [name for name in MODELS if name in backend.lower().replace("-", "_")]
+    if named and model not in named:
+        raise ValueError(
+            f"{map} is a map for {backend!r}, the model is {model!r}: choose it by --model"
+        )
+    if not named:
+        Console(stderr=True).print(
+            f"vfmk apply: {map} does not say for which of {', '.join(MODELS)} it is"
+            f" (backend {backend!r}); taken to be for {model!r}"
+        )

@@ -30,7 +30,7 @@ def search(
     strategy: Strategy = Strategy.exhaustive,
     limit: Annotated[int, Option(min=1, help="samples to search on")] = 50,
     top_n: int = 10,
-    keep: Annotated[float, Option(help="share of the pairs that screening keeps")] = 0.15,
+    keep: Annotated[float, Option(help="share of the pairs that screening scores")] = 0.08,
     audit: Annotated[int, Option(help="rejected pairs to look at")] = 0,
     sequential: Annotated[bool, Option(help="pairs one after the other")] = False,
     positive_only: Annotated[bool, Option(help="no candidate below the frozen model")] = False,
@@ -47,13 +47,20 @@ def search(
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         if distributed:
             torch.distributed.init_process_group()
-        samples = load_samples(data)
-        test = samples[limit:] if test_data is None else load_samples(test_data)
         first = not distributed or torch.distributed.get_rank() == 0
+        searched, test = [], []
+        if first:
+            samples = load_samples(data, None if test_data is None else limit)
+            searched = samples[:limit]
+            test = samples[limit:] if test_data is None else load_samples(test_data)
+        if distributed:
+            shared = [searched]
+            torch.distributed.broadcast_object_list(shared)
+            (searched,) = shared
         run_search(
             load_model(model, checkpoint, adapter),
-            samples[:limit],
-            test if first else [],
+            searched,
+            test,
             out,
             facts={"dataset": data.stem, "backend": model},
             top_n=top_n,

@@ -30,20 +30,32 @@ class ControlledScore(NamedTuple):
     radius: float
 
 
+class Controls(NamedTuple):
+    """What suits the training samples best."""
+
+    threshold: float
+    radius: float
+
+
+def tuned_controls(sam: "Sam", train: Sequence[Sample]) -> Controls:
+    logits = [predict_logits(sam, sample) for sample in train]
+    threshold = max(THRESHOLDS, key=lambda t: mean_iou([z > t for z in logits], train))
+    radius = max(RADII, key=lambda r: mean_iou([disc(s, r) for s in train], train))
+    return Controls(float(threshold), float(radius))
+
+
 def controlled_score(
     sam: "Sam", train: Sequence[Sample], test: Sequence[Sample]
 ) -> ControlledScore:
     """Scores `sam` and its controls on `test`; only the controls look at `train`."""
-    logits = [predict_logits(sam, sample) for sample in train]
-    threshold = max(THRESHOLDS, key=lambda t: mean_iou([z > t for z in logits], train))
-    radius = max(RADII, key=lambda r: mean_iou([disc(s, r) for s in train], train))
+    threshold, radius = tuned_controls(sam, train)
     logits = [predict_logits(sam, sample) for sample in test]
     return ControlledScore(
         model=mean_iou([z > 0 for z in logits], test),
         model_tuned_threshold=mean_iou([z > threshold for z in logits], test),
         disc=mean_iou([disc(s, radius) for s in test], test),
-        threshold=float(threshold),
-        radius=float(radius),
+        threshold=threshold,
+        radius=radius,
     )
 
 

@@ -15,7 +15,7 @@ from vfmk.channels import ChannelMap, SearchResult
 from vfmk.channels.channel_map import Pair
 from vfmk.data.sample import Sample
 from vfmk.tasks import pictures
-from vfmk.tasks.controls import binary_iou, controlled_score, predict_logits
+from vfmk.tasks.controls import binary_iou, disc, tuned_controls
 
 if TYPE_CHECKING:
     from segment_anything.modeling import Sam
@@ -117,26 +117,59 @@ def _evaluate(
     test_samples: Sequence[Sample],
     output: Path,
 ) -> TestScore:
-    """Scores without and with the map, and their picture. Leaves the model as it was."""
-    controls = controlled_score(sam, search_samples, test_samples)
-    before = [predict_logits(sam, sample) > sam.mask_threshold for sample in test_samples]
-    channels.apply(sam, map)
-    after = [predict_logits(sam, sample) > sam.mask_threshold for sample in test_samples]
-    channels.remove(sam)
-    frozen, remapped = (
-        np.array([binary_iou(m, s.mask) for m, s in zip(masks, test_samples, strict=True)])
-        for masks in (before, after)
-    )
-    shown = slice(PICTURES)
-    pictures.draw_grid(output / "grid.png", test_samples[shown], before[shown], after[shown])
+    """Scores without and with the map, and their picture. Each test image is encoded once.
+
+    Raises:
+        ValueError: the map is for another number of channels.
+    """
+    embedded = sam.prompt_encoder.embed_dim
+    if map.num_channels != embedded:
+        raise ValueError(
+            f"the map is for {map.num_channels} channels, the embedding has {embedded}"
+        )
+    threshold, radius = tuned_controls(sam, search_samples)
+    masks: list[tuple[np.ndarray, np.ndarray]] = []  # before and after, of those shown
+    scores = []
+    for sample in test_samples:
+        frozen, remapped = _logits_without_and_with(sam, map, sample)
+        predicted = (
+            frozen > sam.mask_threshold,
+            remapped > sam.mask_threshold,
+            frozen > threshold,
+            disc(sample, radius),
+        )
+        scores.append([binary_iou(mask, sample.mask) for mask in predicted])
+        if len(masks) < PICTURES:
+            masks.append(predicted[:2])
+    before, after = zip(*masks, strict=True)
+    pictures.draw_grid(output / "grid.png", test_samples[:PICTURES], before, after)
+    by_mask = np.array(scores).T
+    frozen_mean, remapped_mean, tuned_mean, disc_mean = by_mask.mean(1).tolist()
     return TestScore(
         samples=len(test_samples),
-        frozen=float(frozen.mean()),
-        remapped=float(remapped.mean()),
-        gain_interval=_bootstrap_interval(remapped - frozen),
-        frozen_tuned_threshold=controls.model_tuned_threshold,
-        disc=controls.disc,
+        frozen=frozen_mean,
+        remapped=remapped_mean,
+        gain_interval=_bootstrap_interval(by_mask[1] - by_mask[0]),
+        frozen_tuned_threshold=tuned_mean,
+        disc=disc_mean,
     )
+
+
+@torch.no_grad()
+def _logits_without_and_with(
+    sam: "Sam", map: ChannelMap, sample: Sample
+) -> tuple[np.ndarray, np.ndarray]:
+    """As `predict_logits`, of the model and of `channels.apply(model, map)`."""
+    from segment_anything import SamPredictor
+
+    predictor = SamPredictor(sam)
+    predictor.set_image(sample.image)
+    prompt = {"point_coords": sample.points, "point_labels": sample.labels}
+    options = {"multimask_output": False, "return_logits": True}
+    without, _, _ = predictor.predict(**prompt, **options)
+    predictor.features = predictor.features[:, map.index.to(predictor.features.device)]
+    with_map, _, _ = predictor.predict(**prompt, **options)
+    return without[0], with_map[0]
 
 
 def _bootstrap_interval(gains: np.ndarray) -> tuple[float, float]:
