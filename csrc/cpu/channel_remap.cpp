@@ -3,9 +3,9 @@
 // In NCHW a vector holds LANES pixels of one channel, read in place. In channels-last forward the
 // channels of COUNT pixels at a time are put in order in rows that stay in the first-level cache:
 // copied as they stand if most stay in place (as when a map exchanges a few), the others element by
-// element; then whole rows are scaled and written. Backward does the same for such a map; for any
-// other, pixels are transposed on the way in and out, LANES at a time, through planes that stay in
-// the cache, where a channel's readers are as good as neighbours.
+// element; then whole rows are scaled and written. In its backward pixels are transposed on the way
+// in and out, LANES at a time, through planes that stay in the cache, where a channel's readers are
+// as good as neighbours.
 //
 // Backward gathers: each input channel adds up its readers in ascending order and is written once.
 // A reader's share of grad_scale is summed at the same time, over one item, and the items' sums are
@@ -182,17 +182,16 @@ struct Moves {
 
   static int64_t words(int64_t channels) { return 2 * channels; }
 
-  // Place c takes element source(c) of a row that has `available`, or zero if that is negative.
-  template <typename Source>
-  Moves(void* memory, int64_t channels, int64_t available, const Source& source)
+  // Place c takes element index[c] of a row that has `available`.
+  Moves(void* memory, int64_t channels, int64_t available, const int64_t* index)
       : to(static_cast<int32_t*>(memory)), from(to + channels) {
     int64_t staying = 0;
-    for (int64_t c = 0; c < channels; ++c) staying += source(c) == c;
+    for (int64_t c = 0; c < channels; ++c) staying += index[c] == c;
     if (2 * staying >= channels) copied = minimum(channels, available);
     for (int64_t c = 0; c < channels; ++c) {
-      if (c < copied && source(c) == c) continue;
+      if (c < copied && index[c] == c) continue;
       to[count] = c;
-      from[count++] = source(c);
+      from[count++] = index[c];
     }
   }
 
@@ -203,7 +202,7 @@ struct Moves {
     }
     for (int64_t m = 0; m < count; ++m) {
       Element values[N];
-      for (int p = 0; p < N; ++p) values[p] = from[m] < 0 ? Element{} : row[p * step + from[m]];
+      for (int p = 0; p < N; ++p) values[p] = row[p * step + from[m]];
       for (int p = 0; p < N; ++p) target[p * target_step + to[m]] = values[p];
     }
   }
@@ -229,8 +228,7 @@ void forward_pixels(const Problem& problem, const Forward& arguments) {
       const Pixels pixels(problem, item);
       const int64_t map = pixels.sample / problem.samples;
       const int64_t* index = arguments.index + map * channels;
-      const Moves moves(memory, channels, problem.input_channels,
-                        [&](int64_t c) { return index[c]; });
+      const Moves moves(memory, channels, problem.input_channels, index);
       const auto* scale = static_cast<const Element*>(arguments.scale);
       if (scale != nullptr) scale += map * channels;
       const auto* from = pixels.at(static_cast<const Element*>(arguments.input), problem.input);
@@ -420,109 +418,6 @@ void store_planes(const Target<Format>& target, typename Format::Element* to, in
   }
 }
 
-// A channels-last item whose map leaves most channels in place: grad_output is put in the input's
-// order by each channel's first reader, and the other readers are added one by one.
-template <typename Format, bool WITH_SUMS>
-struct RowsBackward {
-  using Element = typename Format::Element;
-
-  const Problem& problem;
-  const Inverse& inverse;
-  const Element* scale;  // of the map, or null
-  int64_t channels = problem.input_channels, step = pitch(channels);
-  Element* rows;      // [COUNT, step], grad_output in order
-  float* totals;      // [COUNT, step]
-  float* factors;     // [step], of the first readers
-  float* first_sums;  // [step]
-  int32_t* others;    // [output_channels, 2]: channel, reader
-  int64_t other_count = 0;
-  Moves moves;
-
-  static int64_t words(const Problem& problem) {
-    const int64_t step = pitch(problem.input_channels);
-    return (2 * COUNT + 2) * step + 2 * problem.output_channels +
-           Moves::words(problem.input_channels);
-  }
-
-  RowsBackward(const Problem& problem, const Inverse& inverse, const Element* scale, float* scratch)
-      : problem(problem),
-        inverse(inverse),
-        scale(scale),
-        rows(reinterpret_cast<Element*>(scratch)),
-        totals(scratch + COUNT * step),
-        factors(totals + COUNT * step),
-        first_sums(factors + step),
-        others(reinterpret_cast<int32_t*>(first_sums + step)),
-        moves(others + 2 * problem.output_channels, channels, problem.output_channels,
-              [&](int64_t c) { return first(c); }) {}
-
-  bool worthwhile() const { return moves.copied > 0 && 4 * moves.count <= channels; }
-
-  int32_t first(int64_t c) const {
-    return inverse.starts[c] < inverse.starts[c + 1] ? inverse.readers[inverse.starts[c]] : -1;
-  }
-
-  // sums [output_channels]: the item's share of grad_scale.
-  void run(const Pixels& pixels, const Element* from, const Element* own,
-           const Target<Format>& target, Element* to, float* sums) {
-    for (int64_t c = 0; c < step; ++c) {
-      const int32_t reader = c < channels ? first(c) : -1;
-      factors[c] = reader < 0 ? 0.0f : element<Format>(scale, reader);
-      first_sums[c] = 0;
-    }
-    other_count = 0;
-    for (int64_t c = 0; c < channels; ++c) {
-      for (int32_t r = inverse.starts[c] + 1; r < inverse.starts[c + 1]; ++r) {
-        others[2 * other_count] = c;
-        others[2 * other_count++ + 1] = inverse.readers[r];
-        sums[inverse.readers[r]] = 0;
-      }
-    }
-    pixels.in_steps([&](auto count, int64_t pixel) {
-      some_pixels<count()>(from + pixel * problem.output.column,
-                           WITH_SUMS ? own + pixel * problem.input.column : nullptr, sums);
-      if (to == nullptr) return;
-      for (int p = 0; p < count(); ++p) {
-        Element* row = to + (pixel + p) * problem.grad_input.column;
-        for (int64_t c = 0; c < channels; c += LANES) {
-          target.write(row + c, load<Float32>(totals + p * step + c), channels - c);
-        }
-      }
-    });
-    for (int64_t c = 0; c < channels; ++c) {
-      if (first(c) >= 0) sums[first(c)] = first_sums[c];
-    }
-  }
-
-  template <int N>
-  void some_pixels(const Element* from, const Element* own, float* sums) {
-    const int64_t from_step = problem.output.column, own_step = problem.input.column;
-    moves.apply<Format, N>(from, from_step, rows, step);
-    for (int64_t c = 0; c < channels; c += LANES) {
-      const Vec factor = load<Float32>(factors + c);
-      Vec products = {};
-#pragma GCC unroll 4
-      for (int p = 0; p < N; ++p) {
-        const Vec gradient = load<Format>(rows + p * step + c);
-        store<Float32>(totals + p * step + c, gradient * factor);
-        if (WITH_SUMS) products += gradient * load<Format>(own + p * own_step + c, channels - c);
-      }
-      if (WITH_SUMS) store<Float32>(first_sums + c, load<Float32>(first_sums + c) + products);
-    }
-    for (int64_t o = 0; o < other_count; ++o) {
-      const int32_t c = others[2 * o], reader = others[2 * o + 1];
-      const float factor = element<Format>(scale, reader);
-      float product = 0;
-      for (int p = 0; p < N; ++p) {
-        const float gradient = element<Format>(from + p * from_step, reader);
-        totals[p * step + c] += gradient * factor;
-        if (WITH_SUMS) product += gradient * element<Format>(own + p * own_step, c);
-      }
-      if (WITH_SUMS) sums[reader] += product;
-    }
-  }
-};
-
 template <typename Format, bool WITH_SUMS>
 void backward_pixels(const Problem& problem, const Backward& arguments) {
   using Element = typename Format::Element;
@@ -532,10 +427,8 @@ void backward_pixels(const Problem& problem, const Backward& arguments) {
   const auto body = [&](int64_t begin, int64_t end) {
     const Target<Format> grad_input(problem, arguments.grad_input, problem.grad_input,
                                     problem.input_channels);
-    // Per thread: planes of grad_output | planes of the input, then of grad_input | sums | scale;
-    // or what RowsBackward takes.
-    float* scratch = thread_scratch(maximum((outputs + inputs) * LANES + 2 * outputs,
-                                            RowsBackward<Format, false>::words(problem)));
+    // Per thread: planes of grad_output | planes of the input, then of grad_input | sums | scale.
+    float* scratch = thread_scratch((outputs + inputs) * LANES + 2 * outputs);
     Vec* gradients = reinterpret_cast<Vec*>(scratch);
     Vec* planes = gradients + outputs;
     Vec* sums = planes + inputs;
@@ -552,15 +445,8 @@ void backward_pixels(const Problem& problem, const Backward& arguments) {
                             : nullptr;
       auto* to =
           grad_input.data == nullptr ? nullptr : pixels.at(grad_input.data, problem.grad_input);
-      const Element* factors_of_map =
-          scale == nullptr ? nullptr : scale + map * problem.output_channels;
-      RowsBackward<Format, WITH_SUMS> by_rows(problem, inverse, factors_of_map, scratch);
-      if (by_rows.worthwhile()) {
-        by_rows.run(pixels, from, own, grad_input, to, sums_of(problem, arguments.workspace, item));
-        continue;
-      }
       for (int64_t c = 0; c < problem.output_channels; ++c) {
-        factors[c] = element<Format>(factors_of_map, c);
+        factors[c] = element<Format>(scale, map * problem.output_channels + c);
       }
       for (int64_t c = 0; c < outputs; c += LANES) sums[c / LANES] = Vec{};
       for (int64_t pixel = 0; pixel < pixels.count; pixel += LANES) {

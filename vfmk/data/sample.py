@@ -25,7 +25,7 @@ class Sample:
         image = Image.fromarray(self.image).resize(size, Image.Resampling.BOX)
         mask = Image.fromarray(self.mask).resize(size, Image.Resampling.NEAREST)
         points = self.points * (np.array(size) / (width, height)).astype(np.float32)
-        return Sample(self.id, np.asarray(image), np.asarray(mask), points, self.labels)
+        return Sample(self.id, np.array(image), np.array(mask), points, self.labels)
 
     @classmethod
     def with_deepest_point(cls, id: str, image: np.ndarray, mask: np.ndarray) -> "Sample":
