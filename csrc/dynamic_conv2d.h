@@ -6,42 +6,13 @@
 // with zeros outside the input.
 #pragma once
 
-#include <cstdint>
-
-#include "dtype.h"
+#include "convolution.h"
 
 namespace vfmk::dynamic_conv2d {
 
-struct Strides {  // in elements
-  int64_t batch, channel, row, column;
-};
-
-struct Problem {
-  DType dtype;         // of every activation, weight, bias and gradient; sums are fp32
-  bool channels_last;  // true: channel stride 1 in every activation; false: column stride 1
-  bool shared_weight;  // weight is [1,O,C,kh,kw]: one kernel set for the whole batch
-  bool shared_bias;    // bias is [1,O]
-  int64_t batch, input_channels, output_channels;
-  int32_t input_height, input_width, output_height, output_width;
-  int32_t kernel_height, kernel_width;
-  int32_t pad_top, pad_left;
-  int32_t dilation_height, dilation_width;
-  Strides input;       // a view: any batch, row and remaining strides
-  Strides output;      // output and grad_output, dense
-  Strides grad_input;  // dense
-  // weight [B or 1,O,C,kh,kw], bias [B or 1,O] and their gradients are contiguous.
-};
-
-// Pointers of one backward call. A null gradient is not computed.
-struct Backward {
-  const void* grad_output;
-  const void* input;
-  const void* weight;
-  void* grad_input;
-  void* grad_weight;
-  void* grad_bias;
-  float* workspace;  // workspace_floats(problem) of them, uninitialised
-};
+using convolution::Backward;
+using convolution::Problem;
+using convolution::Strides;
 
 namespace cpu {
 int64_t workspace_floats(const Problem& problem);

@@ -48,8 +48,8 @@ int64_t packed_channels(int64_t channels) { return maximum(round_up(channels, 2)
 // The gradient of the input is a convolution of grad_output.
 Problem transposed(const Problem& problem) {
   Problem other = problem;
-  other.input_channels = problem.output_channels;
-  other.output_channels = problem.input_channels;
+  other.channels = problem.output_channels;
+  other.output_channels = problem.channels;
   other.input_height = problem.output_height;
   other.input_width = problem.output_width;
   other.output_height = problem.input_height;
@@ -67,7 +67,7 @@ struct Tiles {
   int64_t down, right;    // tiles in a plane
 
   explicit Tiles(const Problem& problem) {
-    const int64_t channels = maximum(problem.input_channels, problem.output_channels);
+    const int64_t channels = maximum(problem.channels, problem.output_channels);
     right = ceil_div(problem.output_width, TILE_COLUMNS);
     width = ceil_div(problem.output_width, maximum(right, 1));
     const int64_t row = maximum(width * channels, 1);
@@ -118,7 +118,7 @@ struct Area {
   static Area around(const Problem& problem, const Tiles& tiles) {
     return Area(tiles.height + (problem.kernel_height - 1) * problem.dilation_height,
                 tiles.width + (problem.kernel_width - 1) * problem.dilation_width,
-                problem.input_channels);
+                problem.channels);
   }
   // Products read up to a pixel and a vector beyond.
   int64_t floats() const { return round_up((rows * columns + 1) * units() + LANES, LANES); }
@@ -181,7 +181,7 @@ template <typename Format, typename Panel>
 void pack_weight(const Problem& problem, bool flipped, const typename Format::Element* weight,
                  float* staging, float* packed) {
   const int64_t taps = Taps(problem).number();
-  const int64_t inputs = problem.input_channels, outputs = problem.output_channels;
+  const int64_t inputs = problem.channels, outputs = problem.output_channels;
   const int64_t output_step = flipped ? taps : inputs * taps;
   const int64_t input_step = flipped ? outputs * taps : taps;
   const int64_t total = taps * inputs * outputs;
@@ -236,7 +236,7 @@ void convolve(const Problem& problem, bool flipped, const typename Format::Eleme
   const int64_t row = round_up(problem.output_channels, LANES);
   const Area<Panel> shape = Area<Panel>::around(problem, tiles);
   const int64_t weights = taps.number() * shape.units() * row;
-  const int64_t in_memory = taps.number() * problem.input_channels * problem.output_channels;
+  const int64_t in_memory = taps.number() * problem.channels * problem.output_channels;
   const Reach reach = {taps.rows, taps.runs, taps.run * shape.units(),
                        taps.row_step * shape.columns * shape.units(),
                        taps.run_step * shape.units()};
@@ -268,9 +268,9 @@ void convolve(const Problem& problem, bool flipped, const typename Format::Eleme
         }
         packed_batch = batch;
       }
-      x.template pack<Format>(input + batch * problem.input.batch, problem.input,
-                              problem.input_channels, problem.input_height, problem.input_width,
-                              tile.top - problem.pad_top, tile.left - problem.pad_left);
+      x.template pack<Format>(input + batch * problem.input.batch, problem.input, problem.channels,
+                              problem.input_height, problem.input_width, tile.top - problem.pad_top,
+                              tile.left - problem.pad_left);
       auto* to = output + batch * problem.output.batch + tile.left * problem.output.column;
       for (int64_t y = 0; y < tile.rows; ++y) {
         convolve_row<Panel>(round_up(tile.columns, 2), reach, x.at(y, 0), x.units(), packed,
@@ -307,7 +307,7 @@ struct Sums {
     chunks = clamp(ceil_div(WEIGHT_GRADIENTS, maximum(problem.batch, 1)), 1,
                    maximum(tiles.per_plane(), 1));
     output_rows = packed_channels(problem.output_channels);
-    row = round_up(taps.run * packed_channels(problem.input_channels), LANES);
+    row = round_up(taps.run * packed_channels(problem.channels), LANES);
     of_weight = taps.rows * taps.runs * output_rows * row;
     total = of_weight + round_up(output_rows, LANES);
   }
@@ -342,7 +342,7 @@ void sum_gradients(const Problem& problem, const Backward& arguments) {
                        problem.output_channels, problem.output_height, problem.output_width,
                        tile.top, tile.left);
         if (arguments.grad_weight != nullptr) {
-          x.pack<Format>(input + batch * problem.input.batch, problem.input, problem.input_channels,
+          x.pack<Format>(input + batch * problem.input.batch, problem.input, problem.channels,
                          problem.input_height, problem.input_width, tile.top - problem.pad_top,
                          tile.left - problem.pad_left);
           for (int64_t n = 0; n < taps.rows * taps.runs; ++n) {
@@ -415,7 +415,7 @@ void backward_passes(const Problem& problem, const Backward& arguments) {
   if (arguments.grad_weight == nullptr && arguments.grad_bias == nullptr) return;
   sum_gradients<Format>(problem, arguments);
   const Sums layout(problem, Tiles(problem));
-  const int64_t inputs = problem.input_channels, outputs = problem.output_channels;
+  const int64_t inputs = problem.channels, outputs = problem.output_channels;
   if (auto* gradient = static_cast<Element*>(arguments.grad_weight)) {
     const Taps taps(problem);
     const int64_t number = taps.number(), channels = packed_channels(inputs);
