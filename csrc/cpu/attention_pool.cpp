@@ -319,26 +319,12 @@ int64_t backward_workspace_floats(const Problem& problem) {
 
 void forward(const Problem& problem, const Forward& arguments) {
   const Plan plan(problem);
-  switch (problem.dtype) {
-    case DType::float32:
-      return forward<Float32>(plan, arguments);
-    case DType::float16:
-      return forward<Float16>(plan, arguments);
-    case DType::bfloat16:
-      return forward<BFloat16>(plan, arguments);
-  }
+  with_format(problem.dtype, [&](auto format) { forward<decltype(format)>(plan, arguments); });
 }
 
 void backward(const Problem& problem, const Backward& arguments) {
   const Plan plan(problem);
-  switch (problem.dtype) {
-    case DType::float32:
-      return backward<Float32>(plan, arguments);
-    case DType::float16:
-      return backward<Float16>(plan, arguments);
-    case DType::bfloat16:
-      return backward<BFloat16>(plan, arguments);
-  }
+  with_format(problem.dtype, [&](auto format) { backward<decltype(format)>(plan, arguments); });
 }
 
 }  // namespace vfmk::attention_pool::cpu::VFMK_ISA

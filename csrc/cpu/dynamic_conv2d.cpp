@@ -446,18 +446,6 @@ void backward_passes(const Problem& problem, const Backward& arguments) {
   }
 }
 
-template <typename Function>
-void with_format(DType dtype, const Function& function) {
-  switch (dtype) {
-    case DType::float32:
-      return function(Float32{});
-    case DType::float16:
-      return function(Float16{});
-    case DType::bfloat16:
-      return function(BFloat16{});
-  }
-}
-
 }  // namespace
 
 int64_t workspace_floats(const Problem& problem) {

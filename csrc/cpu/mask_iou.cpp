@@ -352,14 +352,8 @@ void forward_masks(const Problem& problem, const Arguments& arguments) {
 int64_t workspace_bytes(const Problem& problem) { return Tables(problem, nullptr).bytes; }
 
 void forward(const Problem& problem, const Arguments& arguments) {
-  switch (problem.dtype) {
-    case DType::float32:
-      return forward_masks<Float32>(problem, arguments);
-    case DType::float16:
-      return forward_masks<Float16>(problem, arguments);
-    case DType::bfloat16:
-      return forward_masks<BFloat16>(problem, arguments);
-  }
+  with_format(problem.dtype,
+              [&](auto format) { forward_masks<decltype(format)>(problem, arguments); });
 }
 
 }  // namespace vfmk::mask_iou::cpu::VFMK_ISA

@@ -1,6 +1,7 @@
-// One fp32 vector, as wide as the instruction set this unit is compiled for, and its loads and
-// stores from float32, float16 and bfloat16. Internal linkage throughout: the linker must not lend
-// a function compiled for AVX-512 to the unit that runs on a machine without it.
+// One fp32 vector, as wide as the instruction set this unit is compiled for, its loads and stores
+// from float32, float16 and bfloat16, and the choice among these. Internal linkage throughout: the
+// linker must not lend a function compiled for AVX-512 to the unit that runs on a machine without
+// it.
 #pragma once
 
 #include <cstdint>
@@ -9,6 +10,8 @@
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
+
+#include "../dtype.h"
 
 namespace vfmk {
 namespace {
@@ -199,6 +202,19 @@ inline Vec combine_lanes(Vec (&rows)[LANES], const Combine& combine) {
     }
   }
   return rows[0];
+}
+
+// function(Float32{}) or as the dtype is.
+template <typename Function>
+void with_format(DType dtype, const Function& function) {
+  switch (dtype) {
+    case DType::float32:
+      return function(Float32{});
+    case DType::float16:
+      return function(Float16{});
+    case DType::bfloat16:
+      return function(BFloat16{});
+  }
 }
 
 }  // namespace
