@@ -10,6 +10,7 @@ from vfmk.channels import ChannelMap
 from vfmk.sam.neck import MappedLayerNorm2d
 
 LORA = peft.LoraConfig(target_modules=["qkv"], init_lora_weights=False)
+LORA_AND_NECK = peft.LoraConfig(target_modules=["qkv"], modules_to_save=["neck"])
 MAP = ChannelMap(((0, 5), (5, 9), (60, 9)), 64)
 IMAGE = torch.randn(1, 3, 128, 128, generator=torch.Generator().manual_seed(0))
 
@@ -39,6 +40,24 @@ def in_a_peft_model(sam):
     return vfmk.accelerate(peft.get_peft_model(sam, LORA)).eval()
 
 
+def with_pefts_neck(sam):
+    return vary_pefts(peft.get_peft_model(sam, LORA_AND_NECK)).eval()
+
+
+def with_pefts_norm(sam):
+    lora = peft.LoraConfig(target_modules=["qkv"], modules_to_save=["neck.3"])
+    peft.inject_adapter_in_model(lora, sam)
+    return vary_pefts(sam).eval()
+
+
+def vary_pefts(model):
+    """Its copies, away from the originals."""
+    for name, parameter in model.named_parameters():
+        if "modules_to_save" in name:
+            parameter.data += 0.1
+    return model
+
+
 def lora_beneath_adapters(sam):
     return adapted(with_lora(sam))
 
@@ -56,7 +75,16 @@ def has_map(model) -> bool:
 
 @pytest.mark.parametrize(
     "kind",
-    [plain, vfmk.accelerate, adapted, with_lora, in_a_peft_model, lora_beneath_adapters],
+    [
+        plain,
+        vfmk.accelerate,
+        adapted,
+        with_lora,
+        in_a_peft_model,
+        with_pefts_neck,
+        with_pefts_norm,
+        lora_beneath_adapters,
+    ],
 )
 def test_gathers_channels_and_removes_without_a_trace(sam, kind):
     model = kind(sam)
@@ -146,6 +174,31 @@ def test_a_map_outlives_the_adapters_that_it_came_after_or_before(sam):
         assert not torch.equal(embedding(model), plain)
         assert torch.equal(embedding(model.unload()), plain)
         assert not has_map(channels.remove(sam))
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_a_map_holds_in_every_copy_that_peft_has_of_the_neck(sam, early):
+    before = embedding(copy.deepcopy(sam))
+    if early:
+        channels.apply(sam, MAP)
+    model = peft.get_peft_model(sam, LORA_AND_NECK)
+    model.add_adapter("second", LORA_AND_NECK)
+    vary_pefts(model).eval()
+    if not early:
+        channels.apply(model, MAP)
+    model.add_adapter("later", LORA_AND_NECK)
+    for name in ("default", "second", "later"):
+        model.set_adapter(name)
+        mapped = embedding(model)
+        assert torch.equal(mapped, before[:, MAP.index]) == (name == "later")
+        channels.remove(model)
+        assert not has_map(model)
+        assert torch.equal(mapped, embedding(model)[:, MAP.index])
+        channels.apply(model, MAP)
+    with model.disable_adapter():
+        assert torch.equal(embedding(model), before[:, MAP.index])
+    assert torch.equal(embedding(model.unload()), before[:, MAP.index])
+    assert not has_map(channels.remove(sam))
 
 
 def test_on_an_image_encoder(sam):

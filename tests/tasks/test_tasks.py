@@ -64,6 +64,43 @@ def test_modules_to_save_train_too():
     assert "model.sam.mask_decoder.iou_token.weight" in trainable(task)
 
 
+@pytest.mark.parametrize("adapter", ["vfm", "lora"])
+def test_modules_to_save_mean_the_same_to_every_adapter(adapter):
+    config = ModelConfig("semantic", adapter=adapter, modules_to_save=("neck",), rank=4)
+    necks = [name for name in trainable(build_task(config, CLASSES)) if ".neck." in name]
+    assert necks == [f"model.{'sam.' * (adapter == 'vfm')}image_encoder.neck.{n}" for n in NECK]
+
+
+NECK = ("0.weight", "1.weight", "1.bias", "2.weight", "3.weight", "3.bias")
+
+
+@pytest.mark.parametrize("adapter", ["vfm", "lora"])
+@pytest.mark.parametrize(
+    ("task", "modules", "message"),
+    [
+        ("semantic", ("head",), "has 'head', sam does not"),
+        ("semantic", ("norm1",), "has 'norm1'; it is the name of image_encoder.blocks.0.norm1, "),
+        ("semantic", ("neck", "image_encoder.neck"), "has 'image_encoder.neck' twice"),
+        ("semantic", ("neck", "neck.0"), "has 'image_encoder.neck.0' inside 'image_encoder.neck'"),
+        ("semantic", ("blocks.0",), "has 'image_encoder.blocks.0', which holds the adapters"),
+        ("semantic", ("neck", "transformer"), "has 'mask_decoder.transformer', in which the task"),
+        ("detection", ("mask_decoder",), "the task 'detection' has nothing to train"),
+        ("promptable", ("mask_downscaling",), "the task 'promptable' has nothing to train"),
+    ],
+)
+def test_refuses_modules_to_save_before_training(adapter, task, modules, message):
+    config = ModelConfig(task, adapter=adapter, modules_to_save=modules, rank=4)
+    with pytest.raises(ValueError, match=f"^build_task: modules_to_save .*{message}"):
+        build_task(config, CLASSES)
+
+
+@pytest.mark.parametrize("adapter", ["vfm", "lora"])
+@pytest.mark.parametrize("modules", [("",), ("neck", "neck")])
+def test_refuses_no_name_and_the_same_twice(adapter, modules):
+    with pytest.raises(ValueError, match="modules_to_save"):
+        build_task(ModelConfig("semantic", adapter=adapter, modules_to_save=modules), CLASSES)
+
+
 @pytest.mark.parametrize("adapter", ["vfm", "lora", "full"])
 def test_gradient_checkpointing_computes_blocks_twice_and_the_same(adapter):
     """With dropout, whose draws the second time must be those of the first."""
@@ -90,6 +127,8 @@ def test_gradient_checkpointing_computes_blocks_twice_and_the_same(adapter):
         ({"task": "depth"}, "task must be one of promptable, semantic"),
         ({"adapter": "ia3"}, "adapter must be one of vfm, lora"),
         ({"rank": 0}, "rank must be at least 1, got 0"),
+        ({"adapter": "decoder", "dropout": 7}, r"dropout must be in \[0, 1\), got 7"),
+        ({"adapter": "lora", "dropout": 1}, r"dropout must be in \[0, 1\), got 1"),
         ({"adapter": "full", "modules_to_save": ("mask_decoder",)}, "not with full"),
         ({"vfm": {"rank": 4}}, "vfm must have fields among kernel_size, .*, got rank"),
         ({"adapter": "lora", "vfm": {"conv": "dense"}}, "conv must go with adapter 'vfm'"),

@@ -19,11 +19,12 @@ def apply(model: Model, map: ChannelMap) -> Model:
     """Let `model` overwrite channels of its image embedding, in place, and return it.
 
     Nothing is trained or added. State-dict keys stay; so the map is saved by itself, not with the
-    model. It stays until `remove`, whichever adapter of an AdaptedSam is active and after `unload`.
+    model. It stays until `remove`, whichever adapter is active, vfmk's or peft's, and after their
+    `unload`.
 
     Args:
         model: a `segment_anything` Sam or ImageEncoderViT, an AdaptedSam, or a PeftModel of one;
-            plain or accelerated, with LoRA or without.
+            plain or accelerated, with LoRA or without, and with a neck in peft's `modules_to_save`.
         map: for as many channels as the embedding has.
 
     Raises:
@@ -38,10 +39,10 @@ def apply(model: Model, map: ChannelMap) -> Model:
 
     if not isinstance(map, ChannelMap):
         raise TypeError(f"apply: map must be a ChannelMap, got {type(map).__name__}")
-    encoder, norm = _with_norm("apply", model)
+    encoder, norms = _with_norms("apply", model)
     if neck.channel_pairs(encoder) is not None:
         raise ValueError("apply: the model has a channel map already; remove it first")
-    channels = len(norm.weight)
+    channels = len(norms[0].weight)
     if channels != map.num_channels:
         raise ValueError(
             f"apply: the map is for {map.num_channels} channels, the embedding has {channels}"
@@ -60,24 +61,25 @@ def remove(model: Model) -> Model:
     """
     from vfmk.sam import neck
 
-    encoder, _ = _with_norm("remove", model)
+    encoder, _ = _with_norms("remove", model)
     if neck.channel_pairs(encoder) is None:
         raise ValueError("remove: the model has no channel map")
     neck.set_channel_pairs(encoder, None)
     return model
 
 
-def _with_norm(operator: str, model: nn.Module) -> "tuple[ImageEncoderViT, LayerNorm2d]":
-    """The model's encoder and the last norm of its neck."""
+def _with_norms(operator: str, model: nn.Module) -> "tuple[ImageEncoderViT, list[LayerNorm2d]]":
+    """The model's encoder and the last norm of its neck, with peft's copies of it."""
     from segment_anything.modeling.common import LayerNorm2d
 
     from vfmk.sam import neck
 
     encoder = encoder_of(operator, model)
-    norm = neck.last_norm(encoder)
-    if type(norm) not in (LayerNorm2d, neck.MappedLayerNorm2d):
-        raise TypeError(
-            f"{operator}: the neck must end in segment_anything's LayerNorm2d, ends in a"
-            f" {type(norm).__name__}"
-        )
-    return encoder, norm
+    norms = neck.last_norms(encoder)
+    for norm in norms:
+        if type(norm) not in (LayerNorm2d, neck.MappedLayerNorm2d):
+            raise TypeError(
+                f"{operator}: the neck must end in segment_anything's LayerNorm2d, ends in a"
+                f" {type(norm).__name__}"
+            )
+    return encoder, norms

@@ -1,5 +1,6 @@
 """Whether a Sam can be adapted, and as a configuration asks."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from vfmk.nn.config import VFMAdapterConfig
@@ -32,7 +33,7 @@ def check_sam(sam: "Sam") -> None:
 
 
 def check_config(method: str, sam: "Sam", config: VFMAdapterConfig) -> list[str]:
-    """Paths of the `modules_to_save`, each given by its path or, as in peft, the end of it."""
+    """Paths of the `modules_to_save`."""
     if not isinstance(config, VFMAdapterConfig):
         raise TypeError(f"{method}: config must be a VFMAdapterConfig, got {type(config).__name__}")
     depth = len(base.image_encoder_of(sam).blocks)
@@ -40,9 +41,14 @@ def check_config(method: str, sam: "Sam", config: VFMAdapterConfig) -> list[str]
         raise ValueError(
             f"{method}: layers_to_transform has {beyond}, the encoder has {depth} blocks"
         )
+    return paths_of(method, sam, config.modules_to_save)
+
+
+def paths_of(method: str, sam: "Sam", modules_to_save: Sequence[str]) -> list[str]:
+    """Of modules to train beside adapters, each given by its path or, as in peft, the end of it."""
     known = base.module_paths(sam)
     paths = []
-    for name in config.modules_to_save:
+    for name in modules_to_save:
         found = [p for p in known if p == name] or [p for p in known if p.endswith(f".{name}")]
         if len(found) != 1:
             several = f"; it is the name of {', '.join(found)}" if found else ", sam does not"

@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
+from typing import Any
 
 import torch
 from segment_anything.modeling import ImageEncoderViT
@@ -31,25 +33,25 @@ class MappedLayerNorm2d(LayerNorm2d):
 
 def channel_pairs(encoder: ImageEncoderViT) -> Tensor | None:
     """Of the channel map in force, as in MappedLayerNorm2d; None where there is none."""
-    norm = last_norm(encoder)
-    return norm.channel_pairs if isinstance(norm, MappedLayerNorm2d) else None
+    mapped = (n.channel_pairs for n in last_norms(encoder) if isinstance(n, MappedLayerNorm2d))
+    return next(mapped, None)
 
 
 def set_channel_pairs(encoder: ImageEncoderViT, pairs: Tensor | None) -> None:
-    """Put this channel map in force; with None, none, and the norm is as it was."""
-    norm = last_norm(encoder)
-    if isinstance(norm, MappedLayerNorm2d):
-        norm.__class__ = LayerNorm2d
-        del norm.channel_pairs
-    if pairs is not None:
-        assert isinstance(norm, LayerNorm2d)
-        norm.register_buffer("channel_pairs", pairs.to(norm.weight.device), persistent=False)
-        norm.__class__ = MappedLayerNorm2d
+    """Put this channel map in force; with None, none, and the norms are as they were."""
+    for norm in last_norms(encoder):
+        if isinstance(norm, MappedLayerNorm2d):
+            norm.__class__ = LayerNorm2d
+            del norm.channel_pairs
+        if pairs is not None:
+            assert isinstance(norm, LayerNorm2d)
+            norm.register_buffer("channel_pairs", pairs.to(norm.weight.device), persistent=False)
+            norm.__class__ = MappedLayerNorm2d
 
 
 @contextmanager
 def map_stays(encoder: ImageEncoderViT) -> Iterator[None]:
-    """No channel map inside the block; after it, that of before, in the norm that there is then."""
+    """No channel map inside the block; after it, that of before, in the norms of then."""
     pairs = channel_pairs(encoder)
     set_channel_pairs(encoder, None)
     try:
@@ -58,6 +60,16 @@ def map_stays(encoder: ImageEncoderViT) -> Iterator[None]:
         set_channel_pairs(encoder, pairs)
 
 
-def last_norm(encoder: ImageEncoderViT) -> nn.Module:
-    """The neck's last layer, or the neck where it is no sequence of layers."""
-    return encoder.neck[-1] if isinstance(encoder.neck, nn.Sequential) else encoder.neck
+def last_norms(encoder: ImageEncoderViT) -> list[nn.Module]:
+    """The neck's last layer, or the neck where it is no sequence of layers. Of what peft has copies
+    of, the original and every copy: which of them computes may change at any time."""
+    return _last(encoder.neck)
+
+
+def _last(module: Any) -> list[nn.Module]:
+    if isinstance(module, nn.Sequential):
+        return _last(module[-1])
+    if hasattr(module, "original_module"):  # in peft's wrapper, beside the copies
+        either = (module.original_module, *module.modules_to_save.values())
+        return list(chain.from_iterable(map(_last, either)))
+    return [module]

@@ -1,7 +1,7 @@
 """A task by name, on a Sam with what shall be trained."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ from vfmk.data.dataset import TASKS, TaskName
 from vfmk.nn.config import VFMAdapterConfig
 from vfmk.sam.accelerate import accelerate
 from vfmk.sam.adapt import AdaptedSam, get_adapted_model
+from vfmk.sam.checks import paths_of
 from vfmk.sam.load import load_sam
 from vfmk.tasks.task import Task
 
@@ -33,7 +34,8 @@ class ModelConfig:
             "vfm" and "lora" leave as it is unless `modules_to_save` names it.
         rank: of adapters.
         dropout: in adapters.
-        modules_to_save: submodules of the Sam that "vfm" and "lora" train too, by dotted name.
+        modules_to_save: submodules of the Sam that "vfm" and "lora" train too, none of them within
+            the encoder's blocks: by dotted name or the end of it, such as "neck".
         vfm: further fields of `vfmk.VFMAdapterConfig` for "vfm", by name.
         gradient_checkpointing: keep one tensor for each block of the encoder and compute the rest
             again in the backward; not with "decoder", whose encoder has none.
@@ -58,6 +60,8 @@ class ModelConfig:
                 )
         if self.rank < 1:
             raise ValueError(f"ModelConfig: rank must be at least 1, got {self.rank}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"ModelConfig: dropout must be in [0, 1), got {self.dropout}")
         object.__setattr__(self, "modules_to_save", tuple(self.modules_to_save))
         if self.modules_to_save and self.adapter in ("decoder", "full"):
             raise ValueError(
@@ -88,7 +92,7 @@ class ModelConfig:
         return VFMAdapterConfig(**{name: getattr(self, name) for name in own}, **self.vfm)
 
 
-def build_task(config: ModelConfig, classes: list[str]) -> Task:
+def build_task(config: ModelConfig, classes: Sequence[str]) -> Task:
     """The task on an accelerated Sam; what is to be trained, and nothing else, requires grad.
 
     Args:
@@ -96,12 +100,15 @@ def build_task(config: ModelConfig, classes: list[str]) -> Task:
 
     Raises:
         ImportError: "lora" without peft.
-        ValueError: see `ModelConfig` and `vfmk.load_sam`.
+        ValueError: see `vfmk.load_sam`; `modules_to_save` has what the Sam lacks, what holds the
+            adapters, or what the task does not use.
     """
     from vfmk.sam.block import checkpoint_blocks
 
     sam = accelerate(load_sam(config.model, config.checkpoint))
-    task = with_head(config.task, _adapted(sam, config), len(classes))
+    trained = paths_of("build_task", sam, config.modules_to_save)
+    task = with_head(config.task, _adapted(sam, config, trained), classes)
+    _check_used(task, trained)
     if config.gradient_checkpointing:
         checkpoint_blocks(sam.image_encoder, True)
     for module in task.unused:
@@ -109,11 +116,13 @@ def build_task(config: ModelConfig, classes: list[str]) -> Task:
     return task
 
 
-def _adapted(sam: "Sam", config: ModelConfig) -> "Sam | AdaptedSam":
+def _adapted(sam: "Sam", config: ModelConfig, trained: Sequence[str]) -> "Sam | AdaptedSam":
     if config.adapter == "vfm":
         return get_adapted_model(sam, config.vfm_config())
     if config.adapter == "lora":
         _inject_lora(sam, config)
+        for path in trained:
+            sam.get_submodule(path).requires_grad_(True)
     elif config.adapter == "decoder":
         sam.requires_grad_(False)
         sam.mask_decoder.requires_grad_(True)
@@ -127,10 +136,6 @@ def _inject_lora(sam: "Sam", config: ModelConfig) -> None:
     except ImportError as error:
         raise ImportError(f"build_task: adapter 'lora' needs peft: {error}") from error
 
-    modules = dict(sam.named_modules())
-    for name in config.modules_to_save:
-        if name not in modules:
-            raise ValueError(f"build_task: modules_to_save has {name!r}, sam does not")
     pattern = re.escape("image_encoder.blocks.") + r"\d+\.attn\.qkv"
     lora = LoraConfig(
         r=config.rank,
@@ -139,22 +144,30 @@ def _inject_lora(sam: "Sam", config: ModelConfig) -> None:
         target_modules=pattern,
     )
     inject_adapter_in_model(lora, sam)
-    for name in config.modules_to_save:
-        modules[name].requires_grad_(True)
 
 
-def with_head(name: str, model: "Sam | AdaptedSam", num_classes: int) -> Task:
+def _check_used(task: Task, trained: Sequence[str]) -> None:
+    unused = {parameter for module in task.unused for parameter in module.parameters()}
+    for path in trained:
+        if unused.issuperset(task.sam.get_submodule(path).parameters()):
+            raise ValueError(
+                f"build_task: modules_to_save has {path!r}, in which the task {task.name!r} has"
+                " nothing to train"
+            )
+
+
+def with_head(name: str, model: "Sam | AdaptedSam", classes: Sequence[str]) -> Task:
     if name == "promptable":
         from vfmk.tasks.promptable import PromptableTask
 
-        return PromptableTask(model)
+        return PromptableTask(model, classes)
     if name == "semantic":
         from vfmk.tasks.semantic import SemanticTask
 
-        return SemanticTask(model, num_classes)
+        return SemanticTask(model, classes)
     from vfmk.tasks.detection import DetectionTask, InstanceTask
 
-    return (InstanceTask if name == "instance" else DetectionTask)(model, num_classes)
+    return (InstanceTask if name == "instance" else DetectionTask)(model, classes)
 
 
 def trainable(task: nn.Module) -> dict[str, nn.Parameter]:

@@ -37,12 +37,12 @@ class DetectionTask(Task):
     name: ClassVar[TaskName] = "detection"
     score = "box_map"
 
-    def __init__(self, model: "Sam | AdaptedSam", num_classes: int) -> None:
-        """`num_classes` counts the background."""
-        super().__init__(model)
+    def __init__(self, model: "Sam | AdaptedSam", classes: Sequence[str]) -> None:
+        """`classes` begin with the background."""
+        super().__init__(model, classes)
         channels = self.sam.prompt_encoder.embed_dim
         self.pyramid = SimpleFeaturePyramid(channels)
-        detector = self._detector(channels, num_classes)
+        detector = self._detector(channels, len(self.classes))
         self.rpn, self.roi_heads = detector.rpn, detector.roi_heads
 
     def _detector(self, channels: int, num_classes: int) -> FasterRCNN:

@@ -11,6 +11,9 @@ from vfmk.data.sample import Sample
 from vfmk.sam.adapt import AdaptedSam
 from vfmk.tasks.losses import mask_loss
 
+LEARNING_RATE = 2e-3
+WEIGHT_DECAY = 0.1
+
 
 def finetune(
     adapted: AdaptedSam,
@@ -18,8 +21,6 @@ def finetune(
     *,
     steps: int,
     batch_size: int = 8,
-    learning_rate: float = 2e-3,
-    weight_decay: float = 0.1,
     seed: int = 0,
 ) -> Iterator[float]:
     """Train what has gradients; yields the loss of every step, and leaves eval mode behind.
@@ -35,7 +36,7 @@ def finetune(
     if not parameters or not samples:
         missing = "parameters that require grad" if samples else "samples"
         raise ValueError(f"finetune: there are no {missing}")
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
+    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
     rng = np.random.default_rng(seed)
     torch.manual_seed(seed)  # of dropout

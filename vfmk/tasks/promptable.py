@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,26 +14,18 @@ from vfmk.tasks.losses import prompted_losses
 from vfmk.tasks.prompts import decode, draw_box, draw_point
 from vfmk.tasks.task import Evaluation, Target, Task, at_original_size
 
-if TYPE_CHECKING:
-    from segment_anything.modeling import Sam
-
-    from vfmk.sam.adapt import AdaptedSam
-
+PROMPTS = 4  # for each image
 BOX_SHARE = 0.3
 
 
 class PromptableTask(Task):
-    """Trained on `prompts` points or boxes drawn from each image's masks, with `prompted_losses`;
+    """Trained on PROMPTS points or boxes drawn from each image's masks, with `prompted_losses`;
     scored by the mean over masks of the single mask's IoU and Dice from one point each: the given
     one, or the mask's deepest.
     """
 
     name = "promptable"
     score = "iou"
-
-    def __init__(self, model: "Sam | AdaptedSam", *, prompts: int = 4) -> None:
-        super().__init__(model)
-        self.prompts = prompts
 
     @property
     def unused(self) -> tuple[nn.Module, ...]:
@@ -42,7 +34,7 @@ class PromptableTask(Task):
     @property
     def prepare(self) -> Callable[[Target, np.random.Generator], Target]:
         mask_size = 4 * self.sam.prompt_encoder.image_embedding_size[0]
-        return partial(_draw_prompts, count=self.prompts, mask_size=mask_size)
+        return partial(_draw_prompts, mask_size=mask_size)
 
     @property
     def prepare_evaluation(self) -> Callable[[Target], Target]:
@@ -101,8 +93,8 @@ class PromptableEvaluation(Evaluation):
             self.metrics["dice"].update(binary_f1_score(*pair))
 
 
-def _draw_prompts(target: Target, rng: np.random.Generator, count: int, mask_size: int) -> Target:
-    """`count` prompts: "point" [P, 2], "box" [P, 4], "is_box" [P], "prompted" float32
+def _draw_prompts(target: Target, rng: np.random.Generator, mask_size: int) -> Target:
+    """P = PROMPTS prompts: "point" [P, 2], "box" [P, 4], "is_box" [P], "prompted" float32
     [P, mask_size, mask_size], the share of each cell covered; "weight" [P] is 0 where the image
     has no mask left to ask for."""
     masks = torch.as_tensor(target["masks"])
@@ -111,21 +103,21 @@ def _draw_prompts(target: Target, rng: np.random.Generator, count: int, mask_siz
     kept = {key: target[key] for key in ("files", "input_size", "original_size")}
     if not len(masks):
         return kept | {
-            "point": torch.zeros(count, 2),
-            "box": torch.zeros(count, 4),
-            "is_box": torch.zeros(count, dtype=torch.bool),
-            "prompted": torch.zeros(count, mask_size, mask_size),
-            "weight": torch.zeros(count),
+            "point": torch.zeros(PROMPTS, 2),
+            "box": torch.zeros(PROMPTS, 4),
+            "is_box": torch.zeros(PROMPTS, dtype=torch.bool),
+            "prompted": torch.zeros(PROMPTS, mask_size, mask_size),
+            "weight": torch.zeros(PROMPTS),
         }
-    chosen = masks[torch.from_numpy(rng.integers(len(masks), size=count))]
+    chosen = masks[torch.from_numpy(rng.integers(len(masks), size=PROMPTS))]
     bound = np.array([size[1] - 1, size[0] - 1] * 2, np.float32)
     boxes = [np.clip(draw_box(rng, mask), 0, bound) for mask in chosen.numpy()]
     return kept | {
         "point": torch.from_numpy(np.stack([draw_point(rng, mask) for mask in chosen.numpy()])),
         "box": torch.from_numpy(np.stack(boxes)),
-        "is_box": torch.from_numpy(rng.random(count) < BOX_SHARE),
+        "is_box": torch.from_numpy(rng.random(PROMPTS) < BOX_SHARE),
         "prompted": F.adaptive_avg_pool2d(chosen.float(), mask_size),
-        "weight": torch.ones(count),
+        "weight": torch.ones(PROMPTS),
     }
 
 

@@ -21,7 +21,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from vfmk._files import write_whole
-from vfmk._state_dict import fill, misfits
+from vfmk._state_dict import fill
 from vfmk.data.dataset import TASKS
 from vfmk.sam import adapter_file, base, lora_file
 from vfmk.sam.adapt import AdaptedSam
@@ -38,21 +38,17 @@ LORA = tuple(f"{LORA_FOLDER}/{name}" for name in ADAPTER)
 OWN = "sam."  # before the names of SAM's own tensors
 
 
-def save_task(task: Task, directory: str | os.PathLike[str], classes: Sequence[str]) -> None:
+def save_task(task: Task, directory: str | os.PathLike[str]) -> None:
     """Write what `task` adds to its Sam into `directory`, made if need be.
 
     That is its head, the active VFM-Adapter, LoRA, and of SAM itself the parameters that require
     grad. What another save left there is replaced or deleted; while that goes on, `load_task` loads
     the old task or refuses the folder.
 
-    Args:
-        classes: their names, as `build_task` was given them.
-
     Raises:
-        ValueError: the number of classes is not the head's; peft has adapted a part of the Sam and
-            not the whole, more than once, or beside trained weights in the same module.
+        ValueError: peft has adapted a part of the Sam and not the whole, more than once, or beside
+            trained weights in the same module.
     """
-    _check_classes(task, classes)
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     sam, model = base.unwrapped(task.sam), task.model
@@ -75,7 +71,7 @@ def save_task(task: Task, directory: str | os.PathLike[str], classes: Sequence[s
         fingerprint = _fingerprint(own, trained | in_lora)
     card = {
         "task": task.name,
-        "classes": list(classes),
+        "classes": list(task.classes),
         "vfmk_version": version("vfmk"),
         "torch_version": torch.__version__,
         **({"peft_version": version("peft")} if LORA[0] in files else {}),
@@ -89,7 +85,7 @@ def save_task(task: Task, directory: str | os.PathLike[str], classes: Sequence[s
 
 
 def load_task(directory: str | os.PathLike[str], sam: "Sam", is_trainable: bool = False) -> Task:
-    """The task that `save_task` wrote, on the base that it was trained on, its `.classes` set.
+    """The task that `save_task` wrote, on the base that it was trained on.
 
     Args:
         sam: that base, in float32, without adapters; it is adapted in place. Accelerate it if the
@@ -133,11 +129,10 @@ def load_task(directory: str | os.PathLike[str], sam: "Sam", is_trainable: bool 
                 )
             sam.requires_grad_(False)
         own |= {OWN + name: of_sam[name] for name in card["trained_in_sam"] if name in of_sam}
-        task = with_head(card["task"], model, len(card["classes"]))
+        task = with_head(card["task"], model, card["classes"])
         task.to(next(sam.parameters()).device)
         fill({**own, **_head(task)}, tensors, source)
         undo.pop_all()
-    task.classes = tuple(card["classes"])
     if not is_trainable:
         return task.eval().requires_grad_(False)
     for tensor in own.values():
@@ -164,15 +159,6 @@ def _fingerprint(own: Mapping[str, Tensor], saved: Set[str]) -> str:
     )
 
 
-def _check_classes(task: Task, classes: Sequence[str]) -> None:
-    with torch.device("meta"):
-        head = _head(with_head(task.name, task.model, len(classes)))
-    if faults := misfits(_head(task), head):
-        raise ValueError(
-            f"save_task: a head for {len(classes)} classes is not the task's: {faults}"
-        )
-
-
 def _check_sam(sam: "Sam") -> None:
     from segment_anything.modeling import Sam
 
@@ -182,6 +168,8 @@ def _check_sam(sam: "Sam") -> None:
         raise TypeError(f"load_task: sam must be a segment_anything Sam, got {type(sam).__name__}")
     if base.peft_layers(sam) or is_adapted(base.image_encoder_of(sam)):
         raise ValueError("load_task: sam has adapters already; it must be the base alone")
+    if dtypes := {p.dtype for p in sam.parameters()} - {torch.float32}:
+        raise ValueError(f"load_task: sam must be in float32, got {', '.join(map(str, dtypes))}")
 
 
 def _read_card(folder: Path) -> dict[str, Any]:

@@ -52,11 +52,10 @@ class SemanticTask(Task):
     name = "semantic"
     score = "miou"
 
-    def __init__(self, model: "Sam | AdaptedSam", num_classes: int) -> None:
-        super().__init__(model)
-        self.num_classes = num_classes
+    def __init__(self, model: "Sam | AdaptedSam", classes: Sequence[str]) -> None:
+        super().__init__(model, classes)
         channels = self.sam.prompt_encoder.embed_dim
-        self.head = SemanticHead(channels, num_classes)
+        self.head = SemanticHead(channels, len(self.classes))
 
     def forward(self, images: Tensor, targets: Sequence[Target]) -> dict[str, Tensor]:
         logits = self.head(self.encode(images, targets))
@@ -75,7 +74,7 @@ class SemanticTask(Task):
         ]
 
     def evaluation(self) -> "SemanticEvaluation":
-        return SemanticEvaluation(self.num_classes)
+        return SemanticEvaluation(len(self.classes))
 
 
 class SemanticEvaluation(Evaluation):

@@ -35,9 +35,8 @@ class Evaluation:
         for name, metric in self.metrics.items():
             added: dict[str, Any] = other.metrics[name].metric_state
             for key, state in metric.metric_state.items():
-                setattr(
-                    metric, key, state + added[key]
-                )  # sums, and lists of an item for each image
+                # Sums, and lists of an item for each image.
+                setattr(metric, key, state + added[key])
 
     def compute(self) -> dict[str, float]:
         return {name: metric.compute().item() for name, metric in self.metrics.items()}
@@ -48,15 +47,19 @@ class Task(nn.Module):
 
     Images are uint8 [B, 3, S, S] as `vfmk.data.transforms` gives them: the picture at the top left,
     of target["input_size"], the rest padding.
+
+    Args:
+        model: the Sam.
+        classes: names of the data's classes.
     """
 
     name: ClassVar[TaskName]
-    classes: tuple[str, ...] = ()  # their names, where they are known
     score: ClassVar[str]  # the key of `Evaluation.compute` by which the best checkpoint is chosen
 
-    def __init__(self, model: "Sam | AdaptedSam") -> None:
+    def __init__(self, model: "Sam | AdaptedSam", classes: Sequence[str]) -> None:
         super().__init__()
         self.model = model
+        self.classes = tuple(classes)
 
     @property
     def sam(self) -> "Sam":

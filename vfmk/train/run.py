@@ -92,7 +92,7 @@ def train_run(
     if accelerator.is_main_process:
         # With FSDP, the task that was trained has but a share of its weights here.
         task = _with_best_weights(_seeded_task(model, classes, config.seed), out)
-        save_task(task, out / "adapter", classes)
+        save_task(task, out / "adapter")
         write_json(out / METRICS, result._asdict())
         pictures.draw_loss(out / "loss.png", losses(out))
         draw_grid(out / "grid.png", task, evaluation_images, document)
