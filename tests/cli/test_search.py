@@ -52,10 +52,10 @@ def test_search_then_apply(data, tmp_path):
     assert again["pairs"] == metrics["pairs"]
 
     applied = tmp_path / "applied"
-    arguments = ("--map", out / "map.json", "--data", data, "--search-data", data)
+    arguments = ("--map", out / "map.json", "--search-data", data, "--limit", 3)
     assert "channels overwritten" in call("apply", *arguments, "--out", applied)
     test = json.loads((applied / "metrics.json").read_text())["test"]
-    assert test["samples"] == 5
+    assert test == metrics["test"]
     low, high = test["gain_interval"]
     assert low <= test["remapped"] - test["frozen"] <= high
 
@@ -65,13 +65,13 @@ def test_mistakes_end_in_one_line(data, tmp_path):
     assert "does not exist" in output
     path = tmp_path / "map.json"
     path.write_text('{"pairs": [[1, 1]], "num_channels": 16}')
-    arguments = ("--data", data, "--search-data", data, "--out", tmp_path / "out")
+    arguments = ("--search-data", data, "--limit", 3, "--out", tmp_path / "out")
     assert "overwrites a channel by itself" in call("apply", "--map", path, *arguments, code=1)
 
 
 def test_apply_knows_for_which_model_a_map_is(data, tmp_path):
     path = tmp_path / "map.json"
-    arguments = ("--map", path, "--data", data, "--search-data", data, "--out", tmp_path / "out")
+    arguments = ("--map", path, "--search-data", data, "--limit", 3, "--out", tmp_path / "out")
     text = {"pairs": [[2, 1]], "num_channels": 16}
     path.write_text(json.dumps({**text, "backend": "sam_vit_b"}))
     output = call("apply", *arguments, code=1)
@@ -85,3 +85,32 @@ def test_apply_knows_for_which_model_a_map_is(data, tmp_path):
         path.write_text(json.dumps({**text, **backend}))
         told = "does not say for which" in " ".join(call("apply", *arguments).split())
         assert told == (backend != {"backend": "tiny"})
+
+
+def test_never_on_images_searched_on(data, tmp_path):
+    out = ("--out", tmp_path / "out")
+    path = tmp_path / "map.json"
+    path.write_text('{"pairs": [[2, 1]], "num_channels": 16, "backend": "tiny"}')
+    same = ("--limit", 2, "--test-data", data)
+    told = "2 of 5 test samples are searched on too"
+    assert told in " ".join(call("search", "--data", data, *same, *out, code=1).split())
+    same = ("--search-data", data, "--limit", 2, "--data", data)
+    assert told in " ".join(call("apply", "--map", path, *same, *out, code=1).split())
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_split_of_a_manifest_is_named(data, tmp_path):
+    """Test lines come first here; without a split they would be searched on."""
+    names = sorted(path.stem for path in data.glob("*.jpg"))
+    manifest = data / "manifest.jsonl"
+    lines = [
+        {"split": split, "image": f"{name}.jpg", "mask": f"{name}.png"}
+        for name, split in zip(names, ("test", "test", "val", "val", "val"), strict=True)
+    ]
+    manifest.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    options = ("--data", manifest, "--out", tmp_path / "out", "--strategy", "screened")
+    output = " ".join(call("search", *options, code=1).split())
+    assert "has the splits ['test', 'val'], asked for None" in output
+    call("search", *options, "--split", "val", "--test-split", "test", "--top-n", 2)
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert (metrics["search_samples"], metrics["test"]["samples"]) == (3, 2)

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -31,7 +33,7 @@ def test_controls_are_tuned_on_train_and_scored_on_test(monkeypatch):
     shifted = lambda sam, sample: np.where(sample.mask, 5.0, 3.0)  # noqa: E731
     monkeypatch.setattr(controls, "predict_logits", shifted)
     train, test = [square("a"), square("b")], [square("c", side=5)]
-    score = controls.controlled_score(None, train, test)
+    score = controls.controlled_score(SimpleNamespace(mask_threshold=0.0), train, test)
     assert score.model == pytest.approx(25 / (21 * 41))
     assert score.model_tuned_threshold == 1
     assert 3 <= score.threshold < 5

@@ -10,36 +10,36 @@ from typer import Option
 
 from vfmk.cli.model import load_model
 from vfmk.cli.progress import plain_errors
+from vfmk.cli.samples import searched_and_test
 
 MODELS = ("tiny", "vit_b", "vit_l", "vit_h")
 
 
 def apply(
     map: Annotated[Path, Option(help="map.json of vfmk search, or of the authors' tool")],
-    data: Annotated[Path, Option(help="split folder or manifest to evaluate on")],
-    out: Annotated[Path, Option(help="folder for the report")],
     search_data: Annotated[
         Path, Option(help="what the map was searched on: the controls are tuned there")
     ],
+    out: Annotated[Path, Option(help="folder for the report")],
+    search_split: Annotated[str | None, Option(help="of a manifest, searched on")] = None,
     limit: Annotated[int, Option(min=1, help="samples that the map was searched on")] = 50,
+    data: Annotated[
+        Path | None, Option(help="to evaluate on; default: the search data beyond LIMIT")
+    ] = None,
+    split: Annotated[str | None, Option(help="of a manifest, to evaluate on")] = None,
     model: Annotated[str, Option(help="tiny, vit_b, vit_l or vit_h")] = "tiny",
     checkpoint: Annotated[Path | None, Option(help="of the model")] = None,
     adapter: Annotated[Path | None, Option(help="folder of a saved VFM-Adapter")] = None,
 ) -> None:
     """Apply a channel map and score it on a data set, without and with."""
     with plain_errors("apply", "demo"):
-        from vfmk.channels import ChannelMap, load_samples
+        from vfmk.channels import ChannelMap
         from vfmk.tasks.remap import run_apply
 
         channel_map = ChannelMap.load(map)
         check_backend(map, model)
-        run_apply(
-            load_model(model, checkpoint, adapter),
-            channel_map,
-            load_samples(search_data, limit),
-            load_samples(data),
-            out,
-        )
+        searched, test = searched_and_test(search_data, search_split, limit, data, split)
+        run_apply(load_model(model, checkpoint, adapter), channel_map, searched, test, out)
     Console().print(Markdown((out / "report.md").read_text()))
 
 

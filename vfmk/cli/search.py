@@ -3,7 +3,7 @@
 import os
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from rich.console import Console
 from rich.markdown import Markdown
@@ -11,6 +11,10 @@ from typer import Option
 
 from vfmk.cli.model import load_model
 from vfmk.cli.progress import plain_errors
+from vfmk.cli.samples import searched_and_test
+
+if TYPE_CHECKING:
+    from vfmk.data.sample import Sample
 
 
 class Strategy(str, Enum):
@@ -19,11 +23,13 @@ class Strategy(str, Enum):
 
 
 def search(
-    data: Annotated[Path, Option(help="split folder or manifest; of the first LIMIT samples")],
+    data: Annotated[Path, Option(help="folder or manifest, to search on the first LIMIT samples")],
     out: Annotated[Path, Option(help="folder for scores, map and report; goes on if it exists")],
+    split: Annotated[str | None, Option(help="of a manifest, to search on")] = None,
     test_data: Annotated[
         Path | None, Option(help="to evaluate the map on, once; default: the data beyond LIMIT")
     ] = None,
+    test_split: Annotated[str | None, Option(help="of a manifest, to evaluate on")] = None,
     model: Annotated[str, Option(help="tiny, vit_b, vit_l or vit_h")] = "tiny",
     checkpoint: Annotated[Path | None, Option(help="of the model")] = None,
     adapter: Annotated[Path | None, Option(help="folder of a saved VFM-Adapter")] = None,
@@ -33,13 +39,12 @@ def search(
     keep: Annotated[float, Option(help="share of the pairs that screening scores")] = 0.08,
     audit: Annotated[int, Option(help="rejected pairs to look at")] = 0,
     sequential: Annotated[bool, Option(help="pairs one after the other")] = False,
-    positive_only: Annotated[bool, Option(help="no candidate below the frozen model")] = False,
+    positive_only: Annotated[bool, Option(help="candidates above the frozen model alone")] = False,
 ) -> None:
     """Find better channels by inference alone. Several processes: torchrun -m vfmk search ..."""
     with plain_errors("search", "demo"):
         import torch
 
-        from vfmk.channels import load_samples
         from vfmk.tasks.remap import run_search
 
         distributed = "RANK" in os.environ
@@ -48,11 +53,10 @@ def search(
         if distributed:
             torch.distributed.init_process_group()
         first = not distributed or torch.distributed.get_rank() == 0
-        searched, test = [], []
+        searched: list[Sample] = []
+        test: list[Sample] = []
         if first:
-            samples = load_samples(data, None if test_data is None else limit)
-            searched = samples[:limit]
-            test = samples[limit:] if test_data is None else load_samples(test_data)
+            searched, test = searched_and_test(data, split, limit, test_data, test_split)
         if distributed:
             shared = [searched]
             torch.distributed.broadcast_object_list(shared)

@@ -51,7 +51,7 @@ def controlled_score(
     threshold, radius = tuned_controls(sam, train)
     logits = [predict_logits(sam, sample) for sample in test]
     return ControlledScore(
-        model=mean_iou([z > 0 for z in logits], test),
+        model=mean_iou([z > sam.mask_threshold for z in logits], test),
         model_tuned_threshold=mean_iou([z > threshold for z in logits], test),
         disc=mean_iou([disc(s, radius) for s in test], test),
         threshold=threshold,

@@ -13,6 +13,7 @@ from vfmk import channels
 from vfmk._files import write_whole
 from vfmk.channels import ChannelMap, SearchResult
 from vfmk.channels.channel_map import Pair
+from vfmk.channels.digest import digest_of_samples
 from vfmk.data.sample import Sample
 from vfmk.tasks import pictures
 from vfmk.tasks.controls import binary_iou, disc, tuned_controls
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
 
 PICTURES = 8
 BOOTSTRAPS = 2000
+NO_TEST = """
+No test samples were given: whether the map helps on other images, and how the controls do there, is
+not known.
+"""
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,7 @@ def run_search(
         facts: written into map.json, as "dataset" and "backend" of the authors' files.
         options: of `vfmk.channels.search`.
     """
+    _check_apart(search_samples, test_samples)
     output.mkdir(parents=True, exist_ok=True)
     result = channels.search(sam, search_samples, output=output / "scores.jsonl", **options)
     if torch.distributed.is_initialized() and torch.distributed.get_rank() > 0:
@@ -100,6 +106,9 @@ def run_apply(
     output: Path,
 ) -> None:
     """Evaluate a map, and write metrics.json, report.md and grid.png into `output`."""
+    if not test_samples:
+        raise ValueError("apply: there are no samples to evaluate on")
+    _check_apart(search_samples, test_samples)
     output.mkdir(parents=True, exist_ok=True)
     test = _evaluate(sam, map, search_samples, test_samples, output)
     metrics = {"pairs": map.pairs, "test": asdict(test)}
@@ -108,6 +117,17 @@ def run_apply(
         f"# Channels overwritten\n\nOverwritten by read: {_listed(map.pairs)}\n{_test_report(test)}"
     )
     write_whole(output / "report.md", report.encode())
+
+
+def _check_apart(search_samples: Sequence[Sample], test_samples: Sequence[Sample]) -> None:
+    """A score on images that the map was chosen on would flatter it."""
+    searched = {digest_of_samples([sample]) for sample in search_samples}
+    both = [sample.id for sample in test_samples if digest_of_samples([sample]) in searched]
+    if both:
+        raise ValueError(
+            f"{len(both)} of {len(test_samples)} test samples are searched on too, such as"
+            f" {both[0]!r}; test on others"
+        )
 
 
 def _evaluate(
@@ -197,7 +217,7 @@ Overwritten by read: {_listed(result.best.pairs)}
 ![gain of each pair](gains.png)
 
 ![gain by channel overwritten and channel read](heat_map.png)
-{_test_report(test) if test else ""}"""
+{_test_report(test) if test else NO_TEST}"""
 
 
 def _listed(pairs: Sequence[Pair]) -> str:
