@@ -1,6 +1,7 @@
 """`vfmk train`, `eval` and `export`, as a person calls them."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -15,7 +16,9 @@ import vfmk
 import vfmk.data
 from tests.shapes import CLASSES, Shapes
 from vfmk.cli import app
+from vfmk.cli.progress import plain_errors
 from vfmk.tasks import load_task
+from vfmk.train.processes import by_all
 from vfmk.train.run import load_run
 
 
@@ -155,10 +158,13 @@ def test_resume(tmp_path):
     train(tmp_path, "--adapter", "decoder")
     before = (tmp_path / "best.pt").read_bytes()
     assert "holds a run" in train(tmp_path, "--adapter", "decoder", code=1)
-    train(tmp_path, "--adapter", "decoder", "--resume", "auto")
+    train(tmp_path, "--adapter", "decoder", "--resume", "auto", "--workers", 1)
     assert (tmp_path / "best.pt").read_bytes() == before
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["train"]["workers"] == 1  # what was asked for at the last start
     output = train(tmp_path, "--adapter", "decoder", "--resume", "auto", "--seed", 1, code=1)
     assert "seed was 0, is 1" in output
+    assert json.loads((tmp_path / "config.json").read_text()) == config
 
 
 @pytest.mark.parametrize(
@@ -173,13 +179,16 @@ def test_resume(tmp_path):
         (("--layers", "99"), "layers_to_transform"),
         (("--adapter", "full", "--scale", 2), "scale must go with adapter 'vfm', got 'full'"),
         (("--adapter", "decoder", "--gradient-checkpointing"), "gradient_checkpointing is of the"),
+        (("--precision", "fp16"), "vfmk train: precision 'fp16' needs a GPU"),
         (("--split", "few"), "shapes has 4 images; with fewer than 5 none is held out for"),
     ],
 )
-def test_mistakes_are_named(tmp_path, arguments, message):
+def test_mistakes_are_named(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     code = 2 if "sparse" in arguments else 1  # of the command line itself
-    output = train(tmp_path / "run", *arguments, code=code)
-    assert message in " ".join(output.split())
+    output = " ".join(train(tmp_path / "run", *arguments, code=code).split())
+    assert message in output
+    assert "train: train:" not in output
     assert not (tmp_path / "run").exists()
 
 
@@ -188,15 +197,64 @@ def test_eval_and_export_need_a_run(tmp_path):
         assert "is missing" in call(*command, "--run", tmp_path, code=1).replace("\n", " ")
 
 
-def test_a_run_on_other_weights_is_refused(tmp_path):
+def test_another_path_to_the_same_checkpoint(tmp_path, monkeypatch):
+    """The run goes on with it and is evaluated from anywhere; another checkpoint is refused."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.mkdir()
+    second.mkdir()
+    state = vfmk.load_sam("tiny").state_dict()
+    save_file(state, first / "sam.safetensors")
+    monkeypatch.chdir(first)
+    options = ("--adapter", "decoder", "--checkpoint")
+    train("run", *options, "sam.safetensors")
+    run = first / "run"
+    monkeypatch.chdir(second)
+    evaluate = ("eval", "--run", run, "--data", "shapes")
+    call(*evaluate)
+    moved = second / "moved.safetensors"
+    (first / "sam.safetensors").rename(moved)
+    assert "sam.safetensors" in call(*evaluate, code=1).replace("\n", "")
+    for command in (evaluate, ("export", "--run", run)):
+        call(*command, "--checkpoint", moved)
+    train(run, *options, moved, "--resume", "auto")
+    call(*evaluate)
+    state["image_encoder.pos_embed"] += 1
+    save_file(state, moved)
+    for output in (call(*evaluate, code=1), call("export", "--run", run, code=1)):
+        assert "was trained on other frozen weights" in output.replace("\n", " ")
+
+
+def test_eval_can_be_told_how_to_compute(tmp_path, monkeypatch):
+    """As a run in fp16 must be where there is no GPU."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     train(tmp_path, "--adapter", "decoder")
     path = tmp_path / "config.json"
     document = json.loads(path.read_text())
-    checkpoint = tmp_path / "other.safetensors"
-    state = vfmk.load_sam("tiny").state_dict()
-    state["image_encoder.pos_embed"] += 1
-    save_file(state, checkpoint)
-    document["model"]["checkpoint"] = str(checkpoint)
-    path.write_text(json.dumps(document))
-    output = call("eval", "--run", tmp_path, "--data", "shapes", code=1)
-    assert "was trained on other frozen weights" in output.replace("\n", " ")
+    path.write_text(json.dumps({**document, "train": {**document["train"], "precision": "fp16"}}))
+    evaluate = ("eval", "--run", tmp_path, "--data", "shapes")
+    assert "precision 'fp16' needs a GPU" in call(*evaluate, code=1).replace("\n", " ")
+    call(*evaluate, "--precision", "no", "--batch-size", 3)
+    report = json.loads((tmp_path / "eval" / "shapes" / "config.json").read_text())
+    assert report["evaluation"]["precision"] == "no"
+    output = call(*evaluate, "--precision", "no", "--batch-size", 0, code=1)
+    assert "batch_size must be at least 1, got 0" in output.replace("\n", " ")
+    for wrong in ("{", "[]", "{}", json.dumps({**document, "train": {"speed": 1}})):
+        path.write_text(wrong)
+        output = call(*evaluate, code=1).replace("\n", "")
+        assert "config.json is malformed" in output
+
+
+def test_a_missing_package_is_named_with_its_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    output = train(tmp_path / "run", "--adapter", "lora", code=1)
+    assert output.endswith("it needs: pip install vfmk[train,lora]\n")
+
+
+@pytest.mark.parametrize(("rank", "output"), [("0", "vfmk train: wrong"), ("1", "1")])
+def test_what_all_processes_raise_the_first_prints(monkeypatch, rank, output):
+    monkeypatch.setenv("RANK", rank)
+    with pytest.raises(SystemExit) as exit, plain_errors("train", "train"):
+        raise by_all(ValueError("train: wrong"))
+    assert str(exit.value) == output
+    with pytest.raises(SystemExit, match="vfmk train: alone"), plain_errors("train", "train"):
+        raise ValueError("alone")

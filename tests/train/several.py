@@ -44,16 +44,23 @@ def in_each(function: Callable[..., Any], arguments: list[tuple]) -> list[Any]:
         pipes.append(pipe)
     outcomes: list[Any] = ["hangs"] * len(started)
     waiting = list(range(len(started)))
-    while waiting and (ready := wait([pipes[rank] for rank in waiting], TIMEOUT)):
-        for rank in [rank for rank in waiting if pipes[rank] in ready]:
-            waiting.remove(rank)
+    # A killed one's own workers may keep its pipe open for seconds: hence the sentinels.
+    while waiting and wait([w for r in waiting for w in (pipes[r], started[r].sentinel)], TIMEOUT):
+        for rank in list(waiting):
+            has_ended = not started[rank].is_alive()  # asked first: what it sent is there by now
             try:
-                outcomes[rank] = pipes[rank].recv()
+                if pipes[rank].poll():
+                    outcomes[rank] = pipes[rank].recv()
+                elif has_ended:
+                    raise EOFError
+                else:
+                    continue
             except EOFError:
                 for process in started:
                     process.kill()
                 started[rank].join()
                 outcomes[rank] = started[rank].exitcode
+            waiting.remove(rank)
     for process in started:
         process.kill()
         process.join()

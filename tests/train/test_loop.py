@@ -1,9 +1,14 @@
 """The loop in one process: its log, averages, what stops it."""
 
+import json
+import math
+
 import pytest
 import torch
 
 from tests.train.train_shapes import build, images, train_shapes
+from vfmk.data import collate
+from vfmk.train import loop
 from vfmk.train.checkpoint import load_checkpoint, trained_weights
 from vfmk.train.config import TrainConfig
 from vfmk.train.evaluation import evaluate
@@ -63,7 +68,8 @@ def test_averaged_weights_are_what_is_evaluated(tmp_path):
 
 def test_refuses_to_overwrite_and_to_resume_another_run(tmp_path):
     options = {"epochs": 0.25, "batch_size": 2}
-    train_shapes(build("semantic", "decoder"), tmp_path, **options)
+    identity = {"model": {"adapter": "decoder", "rank": 8}}
+    train_shapes(build("semantic", "decoder"), tmp_path, **options, identity=identity)
     with pytest.raises(FileExistsError, match="holds a run; resume it"):
         train_shapes(build("semantic", "decoder"), tmp_path, **options)
     with pytest.raises(ValueError, match=r"another run: learning_rate was 0\.002, is 0\.1; seed"):
@@ -72,11 +78,21 @@ def test_refuses_to_overwrite_and_to_resume_another_run(tmp_path):
             tmp_path,
             **options,
             resume=True,
+            identity=identity,
             learning_rate=0.1,
             seed=1,
         )
-    finished = train_shapes(build("semantic", "decoder"), tmp_path, **options, resume=True)
+    cut = tmp_path / ".last.pt.0123abcd.tmp"  # of a killed process, or of one that still writes
+    cut.touch()
+    other = {"model": {"adapter": "full", "rank": 8}}
+    with pytest.raises(ValueError, match=r"another run: model\.adapter was 'decoder', is 'full'$"):
+        train_shapes(build("semantic", "decoder"), tmp_path, **options, resume=True, identity=other)
+    assert cut.exists()
+    finished = train_shapes(
+        build("semantic", "decoder"), tmp_path, **options, resume=True, identity=identity
+    )
     assert finished.steps == 1
+    assert not cut.exists()
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
@@ -86,6 +102,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, precision):
 
     AcceleratorState._reset_state(True)
     task = build("semantic", "decoder")
+    dtypes = set()
+    task.head.classify.register_forward_hook(lambda head, _, logits: dtypes.add(logits.dtype))
 
     def poison(done, steps, loss):
         if done == 2:
@@ -103,6 +121,10 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, precision):
     assert "weights of head.classify.bias are not finite" in message
     state = load_checkpoint(tmp_path / "last.pt")
     assert state["step"] == 2
+    assert dtypes == {torch.float32 if precision == "no" else torch.bfloat16}
+    dtypes.clear()
+    task(*collate([images(task, 1)[0, 0]]))
+    assert dtypes == {torch.float32}  # the caller's task is as it was
     AcceleratorState._reset_state(True)
 
 
@@ -111,6 +133,34 @@ def test_a_gradient_that_is_not_finite_stops_the_run():
     task.head.classify.bias.register_hook(lambda gradient: gradient * float("inf"))
     with pytest.raises(FloatingPointError, match=r"at step 0, files .*: not finite for head\.cl"):
         train_shapes(task, epochs=0.25)
+
+
+def test_loss_scaling_skips_a_gradient_until_its_scale_cannot_be_to_blame(monkeypatch):
+    """It is halved from 2 to 1 and to 1/2, at which the third gradient is an error."""
+    accelerator = start_accelerator("no")
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2)
+    monkeypatch.setattr("tests.train.train_shapes.start_accelerator", lambda _: accelerator)
+    task = build("semantic", "decoder")
+    task.head.classify.bias.register_hook(lambda gradient: gradient * float("inf"))
+    with pytest.raises(FloatingPointError, match=r"at step 2, files .*: not finite for head\.cl"):
+        train_shapes(task, epochs=1)
+
+
+def test_refuses_fp16_without_a_gpu(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    with pytest.raises(ValueError, match="precision 'fp16' needs a GPU"):
+        start_accelerator("fp16")
+
+
+def test_any_score_is_better_than_nan_and_json_has_none(tmp_path, monkeypatch):
+    scores = ({"miou": value} for value in (0.0, math.nan, 0.1, math.nan))
+    monkeypatch.setattr(loop, "evaluate", lambda *_: next(scores))
+    result = train_shapes(build("semantic", "decoder"), tmp_path, epochs=0.75, eval_every=0.25)
+    assert (result.best, result.best_step) == ({"miou": 0.1}, 2)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["evaluation"]["miou"] for line in lines if "evaluation" in line] == [
+        None, 0.1, None,
+    ]  # fmt: skip
 
 
 def test_what_no_gradient_reaches_stops_the_run():

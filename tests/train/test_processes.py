@@ -13,19 +13,18 @@ pytest.importorskip("torchmetrics")
 pytest.importorskip("accelerate")
 
 from accelerate import DistributedType, PartialState
-from accelerate.state import AcceleratorState
 from torch.distributed.fsdp import FSDPModule
 
 from tests.shapes import Shapes
 from tests.train.several import in_each
 from tests.train.train_shapes import assert_same_tree, build, images, train_shapes
-from vfmk.tasks.build import ModelConfig, build_task, trainable
+from vfmk.tasks.build import trainable
 from vfmk.train.checkpoint import load_checkpoint, trained_weights
 from vfmk.train.config import TrainConfig
 from vfmk.train.evaluation import evaluate
 from vfmk.train.log import read_log
 from vfmk.train.loop import TrainResult
-from vfmk.train.processes import start_accelerator
+from vfmk.train.processes import jointly, start_accelerator
 
 TASKS = ("promptable", "semantic", "detection", "instance")
 
@@ -91,7 +90,7 @@ def run(out: Path, kill_at: int | None, options: dict, fsdp: bool) -> TrainResul
     if fsdp:
         task = build("semantic", "decoder")  # FSDP takes long over the shapes of many tensors
         ask_for_fsdp()
-    fixed = {"epochs": 2, "ema": 0.9, "checkpoint_every": 2, "resume": True}
+    fixed = {"epochs": 1.5, "ema": 0.9, "checkpoint_every": 1, "resume": True}
     return train_shapes(task, out, progress=killed_at(kill_at), **fixed, **options)
 
 
@@ -100,7 +99,7 @@ def run(out: Path, kill_at: int | None, options: dict, fsdp: bool) -> TrainResul
     [
         (1, {}, False),
         (2, {"batch_size": 1, "accumulation": 2, "workers": 2, "eval_every": 2}, False),
-        (2, {}, True),
+        (2, {"eval_every": 2}, True),
     ],
 )
 def test_resumes_bit_for_bit_where_only_the_first_has_the_folder(
@@ -141,8 +140,8 @@ def trained(out: Path, batch_size: int, fsdp: bool = False) -> int:
     """Trains without dropout, whose draws belong to a process; how many parts FSDP has made."""
     if fsdp:
         ask_for_fsdp()
-    task = build("promptable", dropout=0)
-    train_shapes(task, out, epochs=1.5, batch_size=batch_size, ema=0.5)
+    task = build("promptable", dropout=0, modules_to_save=("mask_decoder",))
+    train_shapes(task, out, epochs=1.5, batch_size=batch_size, ema=0.5, eval_every=2)
     return sum(isinstance(module, FSDPModule) for module in task.modules())
 
 
@@ -151,19 +150,23 @@ def test_two_processes_equal_one_with_twice_the_batch(tmp_path):
 
     The gradients are summed in another order, and Adam divides them by their size, so what is
     nearly nothing differs most: hence a hundredth of the way that each tensor went, by norms
-    (0.0006 at most where this was written). Wrong shares of the batch make it about the whole.
+    (0.0013 at most where this was written). Wrong shares of the batch make it about the whole. A
+    bias of keys is left out: a softmax does not feel it, so that its gradient is but rounding.
     """
     assert in_each(trained, [(tmp_path / "one", 4)]) == [0]
     assert in_each(trained, [(tmp_path / "two", 2)] * 2) == [0, 0]
     blocks = len(build("promptable").sam.image_encoder.blocks)
     parts = [blocks + 1] * 2
     assert in_each(trained, [(tmp_path / "fsdp", 2, True)] * 2) == parts
-    start = trained_weights(trainable(build("promptable", dropout=0)))
+    start = build("promptable", dropout=0, modules_to_save=("mask_decoder",))
+    start = trained_weights(trainable(start))
     for name in ("last.pt", "best.pt"):
         first, *others = (load_checkpoint(tmp_path / f / name) for f in ("one", "two", "fsdp"))
         for other in others:
             assert first["step"] == other["step"]
             for key, weight in first["weights"].items():
+                if key.endswith("k_proj.bias"):
+                    continue
                 way = (weight - start[key]).norm()
                 assert way > 0, key
                 assert (other["weights"][key] - weight).norm() < 1e-2 * way, key
@@ -171,26 +174,17 @@ def test_two_processes_equal_one_with_twice_the_batch(tmp_path):
             assert other[scores] == pytest.approx(first[scores], abs=1e-3)
 
 
-def trained_with_fsdp(out: Path) -> list[dict[str, float]]:
-    found = []
-    for name, adapter, precision, modules in (
-        ("promptable", "vfm", "no", ("mask_decoder",)),
-        ("instance", "lora", "bf16", ()),
-    ):
-        AcceleratorState._reset_state()  # it has one precision
-        ask_for_fsdp()
-        config = ModelConfig(name, adapter=adapter, rank=8, modules_to_save=modules)
-        task = build_task(config, Shapes(name, 0).classes)
-        options = {"epochs": 1, "batch_size": 4, "precision": precision}
-        found.append(train_shapes(task, out / name, **options).last)
-    return found
+def trained_with_fsdp(out: Path) -> dict[str, float]:
+    ask_for_fsdp()
+    task = build("instance", "lora")
+    return train_shapes(task, out, epochs=1, batch_size=4, precision="bf16").last
 
 
-def test_fsdp_trains_other_tasks_and_adapters(tmp_path):
+def test_fsdp_trains_lora_in_bf16(tmp_path):
     pytest.importorskip("peft")
     first, second = in_each(trained_with_fsdp, [(tmp_path,)] * 2)
     assert first == second
-    assert [next(iter(scores)) for scores in first] == ["iou", "box_map"]
+    assert next(iter(first)) == "box_map"
 
 
 def faulty(folder: Path, is_first: bool) -> list[Exception | None]:
@@ -217,6 +211,10 @@ def faulty(folder: Path, is_first: bool) -> list[Exception | None]:
             found.append(train_shapes(task, epochs=0.5, **options))
         except Exception as error:
             found.append(error)
+    try:
+        jointly(start_accelerator("no"), (folder / "finished" / "last.pt").read_bytes)
+    except OSError as error:
+        found.append(error)
     return found
 
 
@@ -226,7 +224,7 @@ def test_what_stops_one_stops_both_with_its_message(tmp_path):
     for faults in outcomes:
         assert [type(fault) for fault in faults] == [
             FloatingPointError, FloatingPointError, ValueError,
-            FileExistsError, ValueError, ValueError,
+            FileExistsError, ValueError, ValueError, FileNotFoundError,
         ], faults  # fmt: skip
         for fault, part in zip(
             faults,
@@ -236,12 +234,16 @@ def test_what_stops_one_stops_both_with_its_message(tmp_path):
                 r"no gradient reached model\.mask_decoder\.iou_token",
                 r"finished holds a run; resume it or choose",
                 r"cut/last\.pt is unreadable",
-                r"process [01] is of another run: digest was",
+                r"process 1 is of another run: digest was True, is False",
+                r"elsewhere/finished/last\.pt",
             ),
             strict=True,
         ):
             assert re.search(part, str(fault))
-    assert str(outcomes[0][0]) == str(outcomes[1][0])
+    for first, second in zip(*outcomes, strict=True):
+        is_of_all = "no gradient reached" not in str(first)  # that may be so in one alone
+        assert (str(first) == str(second)) == is_of_all
+        assert hasattr(first, "by_all") == hasattr(second, "by_all") == is_of_all
 
 
 @pytest.mark.parametrize(

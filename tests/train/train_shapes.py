@@ -12,6 +12,7 @@ from vfmk.tasks.build import ModelConfig, build_task
 from vfmk.tasks.task import Task
 from vfmk.train.config import TrainConfig
 from vfmk.train.loop import TrainResult, train
+from vfmk.train.processes import start_accelerator
 from vfmk.train.stream import EvaluationImages, TrainingImages
 
 
@@ -31,9 +32,9 @@ def assert_same_tree(a: Any, b: Any) -> None:
         assert a == b
 
 
-def build(task: str, adapter: str = "vfm", dropout: float = 0.1) -> Task:
+def build(task: str, adapter: str = "vfm", dropout: float = 0.1, **options: Any) -> Task:
     torch.manual_seed(0)
-    config = ModelConfig(task, adapter=adapter, rank=8, dropout=dropout)
+    config = ModelConfig(task, adapter=adapter, rank=8, dropout=dropout, **options)
     return build_task(config, Shapes(task, 0).classes)
 
 
@@ -53,4 +54,7 @@ def train_shapes(
     passed = {key: options.pop(key) for key in kept if key in options}
     config = TrainConfig(**{"schedule": "cosine", "learning_rate": 2e-3, **options})
     out = out or Path(tempfile.mkdtemp())
-    return train(task, images(task, count), images(task, 4, train=False), config, out, **passed)
+    accelerator = start_accelerator(config.precision)
+    return train(
+        task, images(task, count), images(task, 4, train=False), config, out, accelerator, **passed
+    )

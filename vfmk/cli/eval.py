@@ -1,7 +1,7 @@
 """`vfmk eval`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from rich.table import Table
 from typer import Option
@@ -16,7 +16,13 @@ def eval(
     out: Annotated[
         Path | None, Option(help="folder for the report; default: RUN/eval/DATA-SPLIT")
     ] = None,
+    checkpoint: Annotated[
+        Path | None, Option(help="of the model; default: where it was in training")
+    ] = None,
     batch_size: Annotated[int | None, Option(help="default: as trained")] = None,
+    precision: Annotated[
+        Literal["no", "bf16", "fp16"] | None, Option(help="of autocast; default: as trained")
+    ] = None,
     workers: Annotated[int, Option(help="processes that load images")] = 0,
     skip_bad: Annotated[bool, Option(help="leave unreadable images out")] = False,
 ) -> None:
@@ -27,15 +33,18 @@ def eval(
     """
     name = data.resolve().name
     report = out or run / "eval" / (name if split is None else f"{name}-{split}")
-    with plain_errors("eval", "train"):
-        from vfmk.train.run import DataConfig, evaluate_run
+    with plain_errors("eval", "train,lora"):
+        from vfmk.train.run import evaluate_run
 
-        data_config = DataConfig(path=str(data), split=split, skip_bad=skip_bad)
         scores = evaluate_run(
             run,
-            data_config,
+            str(data),
             report,
+            split=split,
+            skip_bad=skip_bad,
+            model_checkpoint=checkpoint,
             batch_size=batch_size,
+            precision=precision,
             workers=workers,
             on_skipped=list_skipped,
         )

@@ -26,7 +26,7 @@ def steps_bar() -> Iterator[Callable[[int, int, float], None]]:
     """A bar; call what it gives with steps done, steps in all, and the loss."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeRemainingColumn(), console=terminal()) as bar:
-        task = bar.add_task("evaluating before the first step", total=None)
+        task = bar.add_task("starting", total=None)
 
         def show(done: int, total: int, loss: float) -> None:
             bar.update(task, description=f"loss {loss:.4f}", completed=done, total=total)
@@ -35,11 +35,15 @@ def steps_bar() -> Iterator[Callable[[int, int, float], None]]:
 
 
 @contextmanager
-def plain_errors(command: str, extra: str) -> Iterator[None]:
-    """A user's mistake ends the command with its message alone."""
+def plain_errors(command: str, extra: str, in_all: bool = False) -> Iterator[None]:
+    """A user's mistake ends the command with its message alone; where all of several processes make
+    it, here or by its own mark, the first alone prints it."""
     try:
         yield
-    except ImportError as error:
-        raise SystemExit(f"vfmk {command}: {error}; it needs: pip install vfmk[{extra}]") from None
-    except (OSError, ValueError, FloatingPointError) as error:
-        raise SystemExit(f"vfmk {command}: {error}") from None
+    except (ImportError, OSError, ValueError, FloatingPointError) as error:
+        if terminal().quiet and (in_all or getattr(error, "by_all", False)):
+            raise SystemExit(1) from None
+        message = f"vfmk {command}: {str(error).removeprefix(f'{command}: ')}"
+        if isinstance(error, ImportError):
+            message += f"; it needs: pip install vfmk[{extra}]"
+        raise SystemExit(message) from None

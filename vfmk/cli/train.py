@@ -88,10 +88,11 @@ def train(
         "scale": scale,
         "sublayers": None if sublayers is None else sublayers.split(","),
     }
-    with plain_errors("train", "lora" if adapter == "lora" else "train"):
+    with plain_errors("train", "train,lora", in_all=True):
         from vfmk.tasks.build import ModelConfig
         from vfmk.train.config import TrainConfig
-        from vfmk.train.run import DataConfig, train_run
+        from vfmk.train.datasets import DataConfig
+        from vfmk.train.run import train_run
 
         if layers is not None:
             vfm["layers_to_transform"] = _indices(layers)
@@ -129,16 +130,16 @@ def train(
             workers=workers,
             seed=seed,
         )
-        with steps_bar() as bar:
-            result = train_run(
-                model_config,
-                data_config,
-                config,
-                out,
-                resume=resume == "auto",
-                progress=bar,
-                on_skipped=list_skipped,
-            )
+    with plain_errors("train", "train,lora"), steps_bar() as bar:
+        result = train_run(
+            model_config,
+            data_config,
+            config,
+            out,
+            resume=resume == "auto",
+            progress=bar,
+            on_skipped=list_skipped,
+        )
     table = Table("", "before", "at the end", f"best, step {result.best_step}")
     for name in result.best:
         scores = (result.before, result.last, result.best)

@@ -59,20 +59,20 @@ def load_weights(parameters: Mapping[str, nn.Parameter], weights: Mapping[str, T
     fill(parameters, own, "load_weights: the checkpoint")
 
 
-def random_state() -> dict[str, Any]:
-    """Of Python, NumPy and torch on every device, in this process."""
+def random_state(device: torch.device) -> dict[str, Any]:
+    """Of Python, NumPy and torch on the CPU and on this process's device."""
     kind, keys, *rest = np.random.get_state()
     return {
         "python": random.getstate(),
         "numpy": (kind, [int(key) for key in keys], *rest),
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
     }
 
 
-def set_random_state(state: Mapping[str, Any]) -> None:
+def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
-    if state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)

@@ -25,8 +25,6 @@ def evaluate(
     task: Task, images: EvaluationImages, accelerator: "Accelerator", config: TrainConfig
 ) -> dict[str, float]:
     """The task's scores, the same in every process; the mode is left as it was."""
-    from accelerate.utils import gather_object
-
     from vfmk.data import collate
 
     # Neighbours together, so that the shares one after the other are the images in their order.
@@ -47,9 +45,15 @@ def evaluate(
         for position, (prediction, truth) in enumerate(itertools.chain.from_iterable(pairs)):
             if position < len(own):
                 evaluation.update(prediction, truth)
-    first, *others = gather_object([evaluation])
+    # To the first alone, since the masks of many images fill a memory.
+    everyones = [evaluation] * accelerator.num_processes
+    if accelerator.num_processes > 1:
+        torch.distributed.gather_object(
+            evaluation, everyones if accelerator.is_main_process else None
+        )
 
     def scores() -> dict[str, float]:
+        first, *others = everyones
         for other in others:
             first.merge(other)
         return first.compute()

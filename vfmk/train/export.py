@@ -8,7 +8,7 @@ import contextlib
 import io
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,15 +19,19 @@ from vfmk._files import write_whole
 from vfmk.sam.adapt import AdaptedSam
 from vfmk.tasks import pictures
 from vfmk.tasks.task import Task
+from vfmk.train.processes import start_accelerator
 from vfmk.train.run import (
     CONFIG,
     METRICS,
     draw_grid,
-    held_out_images,
+    evaluated_images,
     load_run,
     losses,
     write_json,
 )
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 TOLERANCE = 1e-3  # of the largest value; other operators and fused kernels round otherwise
 PROGRAM, ONNX = "encoder.pt2", "encoder.onnx"
@@ -52,6 +56,7 @@ class Encoder(nn.Module):
         super().__init__()
         sam = task.sam
         self.encoder = sam.image_encoder
+        # VfmkBlock hides its adapter from `modules()`; here it is one, whose weights are exported.
         self.adapters = task.model.adapters if isinstance(task.model, AdaptedSam) else None
         self.register_buffer("mean", sam.pixel_mean)
         self.register_buffer("std", sam.pixel_std)
@@ -60,18 +65,22 @@ class Encoder(nn.Module):
         return self.encoder((pixels - self.mean) / self.std)
 
 
-def export_run(run: Path, out: Path) -> ExportResult:
+def export_run(run: Path, out: Path, model_checkpoint: Path | None = None) -> ExportResult:
     """Write the encoder of a run's best weights into `out`, and a report.
 
     The report is config.json, metrics.json, loss.png and, where the run's data are at hand,
     grid.png. Each program is loaded and run on an image that the tracing did not see, against the
-    eager encoder.
+    eager encoder. All is computed in float32.
+
+    Args:
+        model_checkpoint: as in `load_run`.
 
     Raises:
         FileNotFoundError, ValueError: `run` is no training.
         RuntimeError: what was exported gives other embeddings.
     """
-    task, document = load_run(run)
+    accelerator = start_accelerator("no")
+    task, document = load_run(run, model_checkpoint)
     encoder = Encoder(task).eval()
     size = task.sam.image_encoder.img_size
     generator = torch.Generator().manual_seed(0)
@@ -90,7 +99,7 @@ def export_run(run: Path, out: Path) -> ExportResult:
     impossible, onnx_error = _write_onnx(plain, example, out / ONNX), None
     if not impossible:
         onnx_error = _checked_error(_run_onnx(out / ONNX, image), expected, ONNX)
-    no_grid = _draw_grid(out / "grid.png", task, document)
+    no_grid = _draw_grid(out / "grid.png", task, document, accelerator)
     result = ExportResult(program_error, onnx_error, impossible, no_grid)
     write_json(out / CONFIG, document)
     write_json(out / METRICS, result._asdict())
@@ -125,7 +134,7 @@ def _write_onnx(program: ExportedProgram, example: Tensor, path: Path) -> str:
 
         exported = torch.onnx.export(program, (example,), dynamo=True, verbose=False)
     except ImportError as error:
-        return f"{error}; it needs: pip install onnx onnxscript onnxruntime"
+        return f"{error}; it needs: pip install vfmk[onnx]"
     except torch.onnx.errors.OnnxExporterError as error:
         return f"torch.onnx.export cannot write this encoder: {error}"
     assert exported is not None
@@ -133,14 +142,14 @@ def _write_onnx(program: ExportedProgram, example: Tensor, path: Path) -> str:
     return ""
 
 
-def _draw_grid(path: Path, task: Task, document: dict[str, Any]) -> str:
+def _draw_grid(path: Path, task: Task, document: dict[str, Any], accelerator: "Accelerator") -> str:
     """Draw it; where the run's data are gone or changed, say so."""
     try:
-        images = held_out_images(task, document)
+        images = evaluated_images(task, document)
     except (OSError, ValueError) as error:
         path.unlink(missing_ok=True)
         return str(error)
-    draw_grid(path, task, images, document)
+    draw_grid(path, task, images, document, accelerator)
     return ""
 
 

@@ -1,7 +1,8 @@
-"""The log of a run: a JSON document for each line."""
+"""The log of a run: a JSON document for each line; and how a run writes JSON."""
 
 import contextlib
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ class Log:
     def __enter__(self) -> "Log":
         if self.is_writer:
             kept = [line for line in read_log(self.path) if line["step"] < self.start]
-            write_whole(self.path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+            write_whole(self.path, "".join(to_json(line) + "\n" for line in kept).encode())
             self.file = self.path.open("a")
         return self
 
@@ -29,7 +30,7 @@ class Log:
 
     def write(self, **line: Any) -> None:
         if self.is_writer:
-            self.file.write(json.dumps(line) + "\n")
+            self.file.write(to_json(line) + "\n")
             self.file.flush()
 
 
@@ -40,3 +41,16 @@ def read_log(path: Path) -> list[dict[str, Any]]:
         with contextlib.suppress(json.JSONDecodeError):
             lines.append(json.loads(text))
     return lines
+
+
+def to_json(document: Any, indent: int | None = None) -> str:
+    """JSON has no NaN: a number that is not finite, such as a score of no objects, is null."""
+    return json.dumps(_finite(document), indent=indent, allow_nan=False)
+
+
+def _finite(document: Any) -> Any:
+    if isinstance(document, dict):
+        return {key: _finite(value) for key, value in document.items()}
+    if isinstance(document, list | tuple):
+        return [_finite(value) for value in document]
+    return None if isinstance(document, float) and not math.isfinite(document) else document

@@ -20,7 +20,7 @@ from vfmk.train.averaging import averaged, moving_average
 from vfmk.train.config import TrainConfig
 from vfmk.train.evaluation import evaluate
 from vfmk.train.log import LOG, Log
-from vfmk.train.processes import start_accelerator
+from vfmk.train.processes import by_all, from_first
 from vfmk.train.shards import whole
 from vfmk.train.stream import EvaluationImages, StreamSampler, TrainingImages
 
@@ -44,9 +44,11 @@ def train(
     evaluation: EvaluationImages,
     config: TrainConfig,
     out: Path,
+    accelerator: "Accelerator",
     *,
     resume: bool = False,
     identity: Mapping[str, Any] | None = None,
+    on_start: Callable[[], None] = lambda: None,
     progress: Callable[[int, int, float], None] = lambda step, steps, loss: None,
 ) -> TrainResult:
     """Train what requires grad; `out` gets log.jsonl, last.pt and best.pt.
@@ -58,102 +60,126 @@ def train(
     several processes with torchrun or accelerate launch (`vfmk.train.processes`); the first alone
     reads and writes `out`, and a reason below that stops one of them stops all with its message.
     Only where no gradient reaches a part in some of them is it left to the launcher to stop the
-    others.
+    others. With FSDP, `task` stays shared out between them.
 
     Args:
+        accelerator: `start_accelerator(config.precision)`.
         resume: go on from `out`/last.pt if there is one.
         identity: what else, beside `config`, must be the same on resuming; JSON values.
+        on_start: called by the first process once `out` is found fit for this run.
         progress: called by the first process after every step with steps done, steps in all, and
             the loss.
 
     Raises:
         FileExistsError: `out` holds a run and it is not to be resumed.
         ValueError: no images; nothing to train; a loss or a parameter that no gradient reaches;
-            another run's checkpoint; what `start_accelerator` refuses.
+            another run's checkpoint.
         FloatingPointError: a loss or gradient that is not finite, with the step, the files and what
-            was not finite. The checkpoint is then the last good one.
+            was not finite; of gradients that loss scaling makes overflow, only one that does so
+            without it too. The checkpoint is then the last good one.
     """
-    parameters = trainable(task)
-    if not parameters:
-        raise ValueError("train: there are no parameters that require grad")
+    if not trainable(task):
+        raise by_all(ValueError("train: there are no parameters that require grad"))
     if not len(training.dataset) or not len(evaluation):
         empty = "evaluation" if len(training.dataset) else "training"
-        raise ValueError(f"train: there are no images for {empty}")
-    accelerator = start_accelerator(config.precision)
+        raise by_all(ValueError(f"train: there are no images for {empty}"))
     fixed = resuming.fixed_of(config, identity or {}, accelerator)
-    found = resuming.state_in(out, fixed, resume, accelerator)
+    state = resuming.state_in(out, fixed, resume, accelerator)
+    from_first(accelerator, on_start)
 
-    batches_per_step = config.accumulation * accelerator.num_processes
-    images_per_step = config.batch_size * batches_per_step
+    images_per_step = config.batch_size * config.accumulation * accelerator.num_processes
     length = len(training.dataset)
     steps = max(1, round(config.epochs * length / images_per_step))
     eval_steps = max(1, round(config.eval_every * length / images_per_step))
     optimizer = torch.optim.AdamW(
-        parameters.values(),
+        trainable(task).values(),
         lr=config.learning_rate,
         betas=config.betas,
         weight_decay=config.weight_decay,
     )
-    model, optimizer = accelerator.prepare(task, optimizer)
-    if isinstance(task, FSDPModule):
-        parameters = trainable(task)  # others now, shared out between the processes
-        register_fsdp_forward_method(task, "predict")
-    ema = moving_average(parameters, config.ema)
-    if found is not None:
-        state = found
-        resuming.restore(state, parameters, accelerator, optimizer, ema)
-    else:
-        from accelerate.utils import set_seed
+    with _prepared(task, optimizer, accelerator) as (model, optimizer):
+        if isinstance(task, FSDPModule):
+            register_fsdp_forward_method(task, "predict")
+        parameters = trainable(task)
+        ema = moving_average(parameters, config.ema)
+        random_state = None
+        if state is None:
+            from accelerate.utils import set_seed
 
-        set_seed(config.seed, device_specific=True)  # of dropout, each process its own
-        before = evaluate(task, evaluation, accelerator, config)
-        state = {"fixed": fixed, "step": 0, "before": before, "last": before, "best": None}
-    start = state["step"]
-    batches = iter(_loader(training, config, accelerator, start, steps))
-    if found is not None:  # after the iterator, which draws
-        checkpoint.set_random_state(state["random"][accelerator.process_index])
+            set_seed(config.seed, device_specific=True)  # of dropout, each process its own
+            before = evaluate(task, evaluation, accelerator, config)
+            state = {"fixed": fixed, "step": 0, "before": before, "last": before, "best": None}
+        else:
+            resuming.restore(state, parameters, accelerator, optimizer, ema)
+            random_state = state["random"][accelerator.process_index]
+        start = state["step"]
+        batches = iter(_loader(training, config, accelerator, start, steps))
+        if random_state is not None:  # after the iterator, which draws
+            checkpoint.set_random_state(random_state, accelerator.device)
 
-    with Log(out / LOG, start, accelerator.is_main_process) as log:
-        for step in range(start, steps):
-            began = time.perf_counter()
-            rate = config.rate(step, steps)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            parts = _step(model, batches, accelerator, optimizer, parameters, config, step)
-            if ema is not None:
-                ema.update_parameters(nn.ParameterList(parameters.values()))
-            done, seconds = step + 1, time.perf_counter() - began
-            log.write(
-                step=step,
-                epoch=step * images_per_step / length,
-                **parts,
-                lr=rate,
-                seconds=seconds,
-                images_per_second=images_per_step / seconds,
-            )
-            if accelerator.is_main_process:
-                progress(done, steps, parts["loss"])
-            is_evaluated = done % eval_steps == 0 or done == steps
-            if is_evaluated:
-                with averaged(parameters, ema):
-                    scores = evaluate(task, evaluation, accelerator, config)
-                    log.write(step=step, evaluation=scores)
-                    state["last"] = scores
-                    best = state["best"]
-                    if best is None or scores[task.score] > best["scores"][task.score]:
-                        state["best"] = {"scores": scores, "step": done}
-                        weights = checkpoint.trained_weights(parameters)
-                        if accelerator.is_main_process:
-                            checkpoint.save_checkpoint(
-                                out / checkpoint.BEST,
-                                {"weights": weights, "scores": scores, "step": done},
-                            )
-            if is_evaluated or done % config.checkpoint_every == 0:
-                state["step"] = done
-                resuming.save(out, state, parameters, accelerator, optimizer, ema)
+        with Log(out / LOG, start, accelerator.is_main_process) as log:
+            for step in range(start, steps):
+                began = time.perf_counter()
+                rate = config.rate(step, steps)
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
+                parts = _step(model, batches, accelerator, optimizer, parameters, config, step)
+                if ema is not None:
+                    ema.update_parameters(nn.ParameterList(parameters.values()))
+                done, seconds = step + 1, time.perf_counter() - began
+                log.write(
+                    step=step,
+                    epoch=step * images_per_step / length,
+                    **parts,
+                    lr=rate,
+                    seconds=seconds,
+                    images_per_second=images_per_step / seconds,
+                )
+                if accelerator.is_main_process:
+                    progress(done, steps, parts["loss"])
+                is_evaluated = done % eval_steps == 0 or done == steps
+                if is_evaluated:
+                    with averaged(parameters, ema):
+                        state["last"] = evaluate(task, evaluation, accelerator, config)
+                        if _is_best(state["last"], state["best"], task.score):
+                            state["best"] = {"scores": state["last"], "step": done}
+                            _save_best(out, state["best"], parameters, accelerator)
+                    log.write(step=step, evaluation=state["last"])
+                if is_evaluated or done % config.checkpoint_every == 0:
+                    state["step"] = done
+                    resuming.save(out, state, parameters, accelerator, optimizer, ema)
     return TrainResult(
         state["before"], state["last"], state["best"]["scores"], state["best"]["step"], steps
     )
+
+
+@contextlib.contextmanager
+def _prepared(task: Task, optimizer: Any, accelerator: "Accelerator") -> Iterator[tuple[Any, Any]]:
+    """Both as accelerate runs them; afterwards `task` no longer autocasts."""
+    model, prepared = accelerator.prepare(task, optimizer)
+    try:
+        yield model, prepared
+    finally:
+        accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+        accelerator.free_memory()
+
+
+def _is_best(scores: Mapping[str, float], best: Mapping[str, Any] | None, name: str) -> bool:
+    """Of equals the earlier; any number is better than NaN."""
+    if best is None or math.isnan(best["scores"][name]):
+        return True
+    return scores[name] > best["scores"][name]
+
+
+def _save_best(
+    out: Path,
+    best: Mapping[str, Any],
+    parameters: Mapping[str, nn.Parameter],
+    accelerator: "Accelerator",
+) -> None:
+    weights = checkpoint.trained_weights(parameters)
+    if accelerator.is_main_process:
+        checkpoint.save_checkpoint(out / checkpoint.BEST, {"weights": weights, **best})
 
 
 def _loader(
@@ -202,7 +228,7 @@ def _step(
         files += [str(file) for target in targets for file in target["files"]]
         is_last = number + 1 == config.accumulation
         with contextlib.nullcontext() if is_last else accelerator.no_sync(model):
-            with accelerator.autocast():
+            with accelerator.autocast():  # which accelerate does not do itself with FSDP
                 parts = model(images, targets)
             loss = torch.stack([part.float() for part in parts.values()]).sum()
             if not loss.requires_grad:
@@ -222,11 +248,15 @@ def _step(
     norm = whole(
         torch.as_tensor(accelerator.clip_grad_norm_(parameters.values(), config.max_grad_norm))
     )
-    # Means and norm are of all processes: all stop here or none does. An overflow of the gradient
-    # is what loss scaling expects, and skips.
-    if not means.isfinite().all() or not (norm.isfinite() or config.precision == "fp16"):
+    # A gradient that loss scaling makes overflow is skipped and the scale halved; below 1 it is not
+    # the scale that is to blame.
+    scaler = accelerator.scaler
+    may_overflow = scaler is not None and scaler.get_scale() >= 1
+    # Means and norm are of all processes: all stop here or none does.
+    if not means.isfinite().all() or not (norm.isfinite() or may_overflow):
         losses = dict(zip(totals, own.tolist(), strict=True))
-        raise FloatingPointError(_what_is_not_finite(losses, norm, parameters, step, files))
+        message = _what_is_not_finite(losses, norm, parameters, step, files)
+        raise by_all(FloatingPointError(message))
     optimizer.step()
     return dict(zip(totals, means.tolist(), strict=True))
 

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -19,11 +19,12 @@ def start_accelerator(precision: str) -> "Accelerator":
 
     Each process holds the whole model (DistributedDataParallel), or with `accelerate launch
     --use_fsdp`, on GPUs, its share of every tensor (FSDP2, by blocks of the encoder; of its options
-    --fsdp_offload_params alone counts).
+    --fsdp_offload_params alone counts). `precision` alone says in what is computed; accelerate
+    launch's --mixed_precision is not asked.
 
     Raises:
-        ValueError: `accelerate launch` asked for DeepSpeed, Megatron-LM, or FSDP without several
-            processes on GPUs.
+        ValueError: "fp16" on a CPU, which accelerate would compute in float32; `accelerate launch`
+            asked for DeepSpeed, Megatron-LM, or FSDP without several processes on GPUs.
     """
     from accelerate import (
         Accelerator,
@@ -31,10 +32,17 @@ def start_accelerator(precision: str) -> "Accelerator":
         FullyShardedDataParallelPlugin,
         InitProcessGroupKwargs,
     )
+    from accelerate.utils import parse_flag_from_env
 
     for variable, name in REFUSED.items():
         if _is_asked_for(variable):
-            raise ValueError(f"train: {name} is not supported; start with torchrun or with FSDP")
+            raise by_all(
+                ValueError(f"train: {name} is not supported; start with torchrun or with FSDP")
+            )
+    # Without an accelerator it would not join processes, unless told to keep to the CPU.
+    cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    if cpu and precision == "fp16":
+        raise by_all(ValueError("precision 'fp16' needs a GPU; a CPU computes in 'no' or 'bf16'"))
     options: dict[str, Any] = {}
     if torch.cuda.is_available():  # scores are gathered on the CPU
         options["kwargs_handlers"] = [InitProcessGroupKwargs(backend="cpu:gloo,cuda:nccl")]
@@ -48,15 +56,21 @@ def start_accelerator(precision: str) -> "Accelerator":
             mixed_precision_policy=MixedPrecisionPolicy(),  # weights stay; autocast casts
             cpu_ram_efficient_loading=False,
         )
-    # Without an accelerator it would not join processes, unless told to keep to the CPU.
-    cpu = not torch.accelerator.is_available()
     accelerator = Accelerator(cpu=cpu, mixed_precision=precision, **options)
     if _is_asked_for("FSDP") and accelerator.distributed_type != DistributedType.FSDP:
-        raise ValueError(
-            "train: accelerate gives FSDP to several processes on GPUs alone, got"
-            f" {accelerator.num_processes} on {accelerator.device.type}"
+        raise by_all(
+            ValueError(
+                "train: accelerate gives FSDP to several processes on GPUs alone, got"
+                f" {accelerator.num_processes} on {accelerator.device.type}"
+            )
         )
     return accelerator
+
+
+def by_all(error: Exception) -> Exception:
+    """Marked as what every process raises, so that the first alone prints it."""
+    error.by_all = True  # type: ignore[attr-defined]
+    return error
 
 
 def from_first(accelerator: "Accelerator", function: Callable[[], Value]) -> Value:
@@ -71,8 +85,22 @@ def from_first(accelerator: "Accelerator", function: Callable[[], Value]) -> Val
             outcome[1] = error
     value, fault = broadcast_object_list(outcome)
     if fault is not None:
-        raise fault
+        raise by_all(fault)
     return value
+
+
+def jointly(accelerator: "Accelerator", function: Callable[[], Value]) -> Value:
+    """What `function` returns in this process; what it raises in any, in every process."""
+    from accelerate.utils import gather_object
+
+    value, faults = None, []
+    try:
+        value = function()
+    except Exception as error:
+        faults = [error]
+    if faults := gather_object(faults):
+        raise by_all(faults[0])
+    return cast(Value, value)
 
 
 def _is_asked_for(way: str) -> bool:

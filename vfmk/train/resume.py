@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from vfmk.train import checkpoint
 from vfmk.train.config import TrainConfig
-from vfmk.train.processes import from_first
+from vfmk.train.processes import by_all, from_first
 from vfmk.train.shards import shared_out, whole_tree
 
 if TYPE_CHECKING:
@@ -39,19 +39,23 @@ def fixed_of(
     kept |= {
         **identity,
         "processes": accelerator.num_processes,
+        "device": accelerator.device.type,
         "fsdp": accelerator.distributed_type == DistributedType.FSDP,
     }
     fixed: dict[str, Any] = json.loads(json.dumps(kept))
-    for number, other in enumerate(gather_object([fixed])):
-        if changed := _differences(fixed, other):
-            raise ValueError(f"train: process {number} is of another run: {changed}")
+    first, *others = gather_object([fixed])
+    for number, other in enumerate(others, start=1):
+        if changed := _differences(first, other):
+            raise by_all(ValueError(f"train: process {number} is of another run: {changed}"))
     return fixed
 
 
 def state_in(
     out: Path, fixed: Mapping[str, Any], resume: bool, accelerator: "Accelerator"
 ) -> dict[str, Any] | None:
-    """What last.pt holds, in every process; None if there is none. Makes the folder.
+    """What last.pt holds, in every process; None if there is none.
+
+    Makes the folder, and rids it of what a killed process had begun to write.
 
     Raises:
         FileExistsError: there is one and it is not to be resumed.
@@ -61,13 +65,18 @@ def state_in(
     def read() -> dict[str, Any] | None:
         out.mkdir(parents=True, exist_ok=True)
         last = out / checkpoint.LAST
-        if not last.exists():
-            return None
-        if not resume:
-            raise FileExistsError(f"train: {out} holds a run; resume it or choose another folder")
-        state = checkpoint.load_checkpoint(last)
-        if changed := _differences(state["fixed"], fixed):
-            raise ValueError(f"train: {last} is of another run: {changed}")
+        state = None
+        if last.exists():
+            if not resume:
+                raise FileExistsError(
+                    f"train: {out} holds a run; resume it or choose another folder"
+                )
+            state = checkpoint.load_checkpoint(last)
+            if changed := _differences(state["fixed"], fixed):
+                raise ValueError(f"train: {last} is of another run: {changed}")
+        for name in (checkpoint.LAST, checkpoint.BEST):
+            for cut in out.glob(f".{name}.*.tmp"):
+                cut.unlink()
         return state
 
     return from_first(accelerator, read)
@@ -114,14 +123,26 @@ def save(
         "optimizer": whole_tree(optimizer.state_dict()),
         "scaler": None if scaler is None else scaler.state_dict(),
         "ema": None if ema is None else whole_tree(ema.state_dict()),
-        "random": gather_object([checkpoint.random_state()]),
+        "random": gather_object([checkpoint.random_state(accelerator.device)]),
     }
     from_first(accelerator, lambda: checkpoint.save_checkpoint(out / checkpoint.LAST, whole_state))
 
 
 def _differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    was, now = _flat(was), _flat(now)
     return "; ".join(
         f"{name} was {was.get(name)!r}, is {now.get(name)!r}"
         for name in sorted(was.keys() | now.keys())
         if was.get(name) != now.get(name)
     )
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The leaves, by dotted name."""
+    leaves: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            leaves |= _flat(value, f"{prefix}{name}.")
+        else:
+            leaves[prefix + name] = value
+    return leaves
