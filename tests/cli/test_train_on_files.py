@@ -177,8 +177,9 @@ def test_eval_on_a_manifest_of_the_held_out_files(tmp_path):
             file.write(json.dumps(line) + "\n")
     output = call("eval", "--run", run, "--data", manifest, "--split", "test")
     assert "iou" in output
-    assert read(run / "eval" / "metrics.json") == read(run / "metrics.json")["best"]
-    check_report(run / "eval")
+    report = run / "eval" / "manifest.jsonl-test"
+    assert read(report / "metrics.json") == read(run / "metrics.json")["best"]
+    check_report(report)
 
 
 @pytest.mark.parametrize(
