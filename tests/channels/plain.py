@@ -58,5 +58,5 @@ def plain_protocol(sam, samples, channels, top_n):
     candidates = list(by_channel.values())[:top_n]
     subsets = subsets_of(candidates)
     of_subsets = zip(plain_scores(sam, samples, subsets).tolist(), subsets, strict=True)
-    best_score, best = min(of_subsets, key=lambda one: (-one[0], len(one[1]), one[1]))
+    best_score, best = min(of_subsets, key=lambda one: (-one[0], len(one[1]), sorted(one[1])))
     return Protocol(singles, candidates, best, best_score)

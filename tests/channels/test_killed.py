@@ -17,6 +17,7 @@ from vfmk.channels import search
 
 TOP_N = 4
 SETS = 1 + CHANNELS * (CHANNELS - 1) + 2**TOP_N - 1 - TOP_N  # the frozen model, pairs, subsets
+MOMENT = int(os.environ.get("VFMK_KILL_AFTER", "0"))  # lines written; any, if not given
 
 WORKER = f"""
 import json, sys, time
@@ -66,7 +67,8 @@ def result(sam, samples):
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_goes_on_and_recomputes_nothing(sam, samples, result, tmp_path, processes):
-    output, moment = tmp_path / "scores.jsonl", random.randrange(1, SETS - 50)
+    output, moment = tmp_path / "scores.jsonl", MOMENT or random.randrange(1, SETS - 50)
+    print(f"killed after {moment} lines; VFMK_KILL_AFTER={moment} does it again")
     workers = start(tmp_path, processes, 0.02)
     try:
         while written(output) < moment and all(worker.poll() is None for worker in workers):

@@ -3,7 +3,9 @@ import json
 import re
 import sys
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -13,12 +15,30 @@ from torch import nn
 import vfmk
 from tests.channels.conftest import CHANNELS, build_sam, build_samples
 from tests.channels.plain import plain_protocol, plain_scores, subsets_of
+from vfmk import channels
 from vfmk.channels import ChannelMap, search
+from vfmk.channels.digest import digest_of_samples
 from vfmk.channels.records import Records
 from vfmk.channels.scorers import chunk_size
 from vfmk.data.sample import Sample
 
 PAIRS = CHANNELS * (CHANNELS - 1)
+
+
+def test_refuses_pairs_of_other_channels(sam, samples, tmp_path):
+    output = tmp_path / "scores.jsonl"
+    output.write_text(
+        '{"pairs": [], "miou": 1, "samples": 3}\n'
+        f'{{"pairs": [[1, {CHANNELS}]], "miou": 1, "samples": 3}}\n'
+    )
+    with pytest.raises(ValueError, match=r"score of the pair \(1, 16\), there are 16 channels"):
+        search(sam, samples, top_n=1, output=output, progress=False)
+
+
+@dataclass
+class Labelled:
+    image: torch.Tensor
+    label: Any
 
 
 @pytest.fixture(scope="module")
@@ -74,10 +94,95 @@ def test_screened_scores_are_exact_and_audited(sam, samples, result):
     assert scored.sum() == CHANNELS + 4
     torch.testing.assert_close(found.singles[scored], result.singles[scored], rtol=0, atol=1e-6)
     assert found.best_score <= result.best_score + 1e-6
-    bar = min(found.singles[pair] for pair in found.candidates)
-    missed = (~scored & (result.singles > bar)).nonzero().tolist()
+    missed = [pair for pair in result.candidates if pair not in found.candidates]
     assert missed
-    assert sorted(found.audit) == [tuple(pair) for pair in missed]
+    assert found.audit == missed
+    assert found.passes == result.passes + 3 * len(samples)  # the gradients
+
+
+def test_the_audit_takes_one_pair_for_each_channel_and_misses_none():
+    singles = torch.full((4, 4), 0.5, dtype=torch.float64)
+    singles[1, 0] = 0.9  # the one candidate that was scored
+    truth = singles.clone()
+    truth[1, 2], truth[2, 3], truth[2, 0] = 0.8, 0.7, 0.6
+    singles[2] = singles[1, 2:] = torch.nan
+    known = {((i, j),): float(truth[i, j]) for i in range(4) for j in range(4)}
+    scoring = SimpleNamespace(
+        report=lambda *_: SimpleNamespace(close=lambda: None),
+        score=lambda sets, _: [known[pairs] for pairs in sets],
+    )
+    module = sys.modules["vfmk.channels.search"]
+    assert module._audited(scoring, singles, [(1, 0)], 4, 0.5, 16) == [(2, 3)]
+
+
+def test_of_subsets_that_score_alike_the_first_is_taken():
+    """Lexicographically, whatever the candidates' order."""
+
+    def score(features, sample):
+        first, third, fifth = (features[:, [1, 3, 5]] > 0).T
+        alike = fifth & (first ^ third)
+        return torch.where(alike, 1.0, 0.1 * first + 0.3 * third + 0.2 * fifth)
+
+    values = torch.tensor([1.0, 0.0, 0.0, 0.0, 0.0, 0.0])
+    found = search(
+        lambda image: image, [Labelled(values, 0)], score_fn=score, top_n=3, progress=False
+    )
+    assert found.candidates == [(3, 0), (5, 0), (1, 0)]
+    assert sorted(found.best.pairs) == [(1, 0), (5, 0)]
+
+
+@pytest.mark.parametrize(("channels", "limit"), [(12, 128), (64, 128), (256, 1023)])
+def test_screened_takes_a_tenth_of_the_passes(channels, limit):
+    pairs, subsets = channels * (channels - 1), 2**10 - 1 - 10
+    module = sys.modules["vfmk.channels.search"]
+    scored = min(1023, max(module.SUBSETS_AT_LEAST, round(module.SUBSETS_SHARE * pairs)))
+    assert scored == limit
+    if channels >= 64:
+        assert 3 + 1 + round(0.08 * pairs) + scored - 10 <= 0.1 * (1 + pairs + subsets)
+
+
+def test_a_score_that_is_not_finite_in_another_process_stops_this_one(sam, samples, monkeypatch):
+    monkeypatch.setattr("vfmk.channels.scoring._summed", lambda sums: sums.mul_(torch.nan))
+    with pytest.raises(ValueError, match="a score is not finite"):
+        search(sam, samples, progress=False)
+
+
+def test_refuses_a_model_with_a_channel_map(samples):
+    mapped = channels.apply(build_sam(), ChannelMap(((1, 2),), CHANNELS))
+    with pytest.raises(ValueError, match="the model has a channel map; remove it first"):
+        search(mapped, samples, progress=False)
+    search(channels.remove(mapped), samples[:1], top_n=1, progress=False)
+
+
+def test_takes_a_peft_model(samples):
+    import peft
+
+    def with_lora():
+        torch.manual_seed(1)
+        config = peft.LoraConfig(target_modules=["qkv"], init_lora_weights=False)
+        return peft.get_peft_model(build_sam(), config)
+
+    merged = with_lora().merge_and_unload()
+    found = search(with_lora(), samples, top_n=1, progress=False)
+    expected = search(merged, samples, top_n=1, progress=False)
+    torch.testing.assert_close(found.singles, expected.singles, rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize(
+    "mode", [lambda: torch.autocast("cpu", torch.bfloat16), torch.inference_mode]
+)
+def test_the_callers_modes_change_nothing(sam, samples, result, mode):
+    options = {"top_n": 4, "strategy": "screened", "keep": 1.0, "progress": False}
+    with mode():
+        found = search(sam, samples, **options)
+    torch.testing.assert_close(found.singles, result.singles, rtol=0, atol=1e-6)
+
+
+def test_screened_refuses_a_model_without_gradients(samples):
+    with torch.inference_mode():
+        sam = build_sam()
+    with pytest.raises(ValueError, match="the model was made under inference_mode"):
+        search(sam, samples, strategy="screened", progress=False)
 
 
 class Killed(BaseException):
@@ -111,15 +216,18 @@ def test_resumes_and_recomputes_nothing(sam, samples, result, tmp_path, monkeypa
     lines = [json.loads(line) for line in output.read_text().splitlines()]
     assert lines[0]["pairs"] == []
     assert len({json.dumps(line["pairs"]) for line in lines}) == len(lines)
+    assert again.known == done
     third = search(sam, samples, top_n=4, output=output, progress=False)
-    assert third.passes == 0
+    assert (third.passes, third.known) == (0, len(lines))
 
 
-def test_a_cut_last_line_is_dropped_and_told(sam, samples, result, tmp_path):
+@pytest.mark.parametrize("tail", [None, b'{"miou": 0.5, "pa', b"\0\0\0"])
+def test_a_cut_last_line_is_dropped_and_told(sam, samples, result, tmp_path, tail):
     output = tmp_path / "scores.jsonl"
     search(sam, samples, top_n=4, output=output, progress=False)
     content = output.read_bytes()
-    output.write_bytes(content[:-7])
+    *whole, last = content.splitlines(keepends=True)
+    output.write_bytes(b"".join(whole) + (tail or last[:-7]))
     with pytest.warns(UserWarning, match="ended in a cut line"):
         again = search(sam, samples, top_n=4, output=output, progress=False)
     assert again.passes == len(samples)
@@ -152,9 +260,74 @@ def test_adapters_in_force_make_another_model(samples, tmp_path):
     assert again.passes == 0
 
 
+def test_refuses_the_file_of_another_encoder_score_or_label(tmp_path):
+    output = tmp_path / "scores.jsonl"
+
+    class Scaled(nn.Module):
+        def __init__(self, factor):
+            super().__init__()
+            self.factor = factor
+
+        def forward(self, image):
+            return image * self.factor
+
+    class Head(nn.Linear):
+        def forward(self, features, sample):
+            return super().forward(features)[:, 0]
+
+    torch.manual_seed(0)
+    head, other = Head(4, 1), Head(4, 1)
+    image = torch.arange(4.0)
+
+    def run(factor=1.0, score_fn=head, label=(1, [2])):
+        options = {"top_n": 1, "output": output, "progress": False}
+        return search(Scaled(factor), [Labelled(image, label)], score_fn=score_fn, **options)
+
+    run()
+    assert run().passes == 0
+    for change, message in (
+        ({"factor": 2.0}, "another model"),
+        ({"score_fn": other}, "another score"),
+        ({"label": (1, [3])}, "another samples"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(**change)
+
+
+@dataclass(slots=True)
+class Slotted:
+    image: torch.Tensor
+    label: Any
+
+
+class Named(NamedTuple):
+    image: torch.Tensor
+    label: Any
+
+
+@pytest.mark.parametrize("kind", [Labelled, Slotted, Named, lambda *fields: list(fields)])
+def test_all_that_a_sample_holds_tells_it_apart(kind):
+    labels = [1, 1.0, "1", None, [1], [[1]], (1,), {"a": 1}, {"a": 2}, {"b": 1}]
+    labels += [torch.ones(2), torch.ones(2, 1), np.ones(2), np.ones(2, np.float32), Path("1")]
+    digests = [digest_of_samples([kind(torch.zeros(2), label)]) for label in labels]
+    assert len(set(digests)) == len(labels)
+    assert digests == [digest_of_samples([kind(torch.zeros(2), label)]) for label in labels]
+    image = torch.zeros(2)
+    assert digest_of_samples([kind(image, 1)] * 2) != digest_of_samples([kind(image, 1)])
+
+
+@pytest.mark.parametrize("label", [lambda: 1, torch.device("cpu"), nn.Identity(), object()])
+def test_refuses_samples_that_cannot_be_told_apart(label):
+    with pytest.raises(ValueError, match=rf"sample 1\.label is a {type(label).__name__}"):
+        digest_of_samples([Labelled(torch.zeros(2), 1), Labelled(torch.zeros(2), label)])
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"mask": np.ones((40, 40), np.uint8)}, "must have a bool mask, has uint8"),
+        ({"points": np.ones((0, 2), np.float32)}, "has no points"),
+        ({"labels": np.ones(2, np.int64)}, "has 1 points, 2 labels"),
         ({"mask": np.zeros((40, 40), bool)}, "has an empty mask"),
         ({"mask": np.ones((41, 40), bool)}, "image and mask differ in size"),
         ({"points": np.array([[40.0, 3.0]], np.float32)}, "a point outside its image"),
@@ -182,24 +355,22 @@ def test_refuses_a_file_that_another_run_writes(sam, samples, tmp_path):
 
 def test_refuses_what_is_no_record(sam, samples, tmp_path):
     output = tmp_path / "scores.jsonl"
+    frozen = '{"pairs": [], "miou": 1, "samples": 3}\n'
     texts = (
         '{"pairs": [[1]]}\n',
         "notes\n",
         "notes",
         '{"pairs": [[1, 2]], "miou": 1, "samples": 3}\n',
         '{"pairs": [], "miou": 1, "samples": 2}\n',  # of another number of samples
+        '{"pairs": [], "miou": NaN, "samples": 3}\n',
+        frozen + frozen,
+        "notes\n{",
     )
     for text in texts:
         output.write_text(text)
         with pytest.raises(ValueError, match=r"scores\.jsonl"):
             search(sam, samples, top_n=1, output=output, progress=False)
         assert output.read_text() == text
-
-
-@dataclass
-class Labelled:
-    image: torch.Tensor
-    label: int
 
 
 class Tokens(nn.Module):
@@ -436,4 +607,4 @@ def test_a_chunk_fits_into_the_memory_that_is_free(monkeypatch):
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: gib // 2)
     for free, candidates in ((100 * gib, 256), (gib // 2, 16), (-gib // 2 + 1, 1)):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 141 * gib))
-        assert chunk_size(features) == candidates
+        assert chunk_size(features, copies=8) == candidates

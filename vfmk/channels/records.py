@@ -8,6 +8,7 @@ as the authors' tool writes it; "run" is ours, and says which model and samples 
 
 import fcntl
 import json
+import math
 import os
 import warnings
 from collections.abc import Iterable, Mapping
@@ -84,15 +85,15 @@ class Records:
         content = self._path.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]
         tail = content[len(whole) :]
-        if not tail.startswith(RECORD[: len(tail)]):
+        if not whole and not tail.startswith(RECORD[: len(tail)]):
             raise ValueError(f"search: {self._path}: no record of a score: {tail[:60]!r}")
+        for number, line in enumerate(whole.splitlines(), 1):
+            self._take(line, f"{self._path}, line {number}")
         if tail:
             warnings.warn(
                 f"search: {self._path} ended in a cut line, which is dropped: {tail[:60]!r}",
                 stacklevel=5,
             )
-        for number, line in enumerate(whole.splitlines(), 1):
-            self._take(line, f"{self._path}, line {number}")
         os.ftruncate(self._file, len(whole))
 
     def _take(self, line: bytes, place: str) -> None:
@@ -102,8 +103,12 @@ class Records:
             score, samples = float(record["miou"]), int(record["samples"])
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"search: {place}: no record of a score: {error}") from None
-        if not self.scores and pairs:
-            raise ValueError(f"search: {place}: the frozen model's score must come first")
+        if not math.isfinite(score):
+            raise ValueError(f"search: {place}: a score that is not finite: {score}")
+        if bool(self.scores) != bool(pairs):
+            raise ValueError(
+                f"search: {place}: the frozen model's score must come first, and only once"
+            )
         if not pairs and record.get("run", self.run) != self.run:
             raise ValueError(f"search: {place}: {_difference(record['run'], self.run)}")
         if samples != self.samples:

@@ -14,14 +14,19 @@ if TYPE_CHECKING:
 
     from vfmk.data.sample import Sample
 
-COPIES = 8  # of its features: what the decoder holds at once for a candidate
 CPU_BYTES = 8 << 20  # for a chunk of candidates: they stay in the last-level cache
 CUDA_BYTES, CUDA_SHARE = 8 << 30, 0.5  # at most; and of the memory that is free
 SHARPNESS = 4.0  # of the sigmoid that stands for the mask's threshold in its gradient
 
 
 class Scorer(Protocol):
-    """Scores candidates. overwritten, read: int64 [K, P], as CandidateDecoder.logits has them."""
+    """Scores candidates. overwritten, read: int64 [K, P], as CandidateDecoder.logits has them.
+
+    Attributes:
+        copies: of a sample's features, what is held at once for a candidate.
+    """
+
+    copies: int
 
     def encode(self, sample: Any) -> Tensor:
         """A sample's features: [1, C, h, w], [1, N, C] or [1, C]."""
@@ -49,6 +54,8 @@ class _Image(NamedTuple):
 class SamScorer:
     """The IoU of SAM's single mask for a sample's points, at the image's own size."""
 
+    copies = 8
+
     def __init__(self, sam: "Sam") -> None:
         self.sam = sam
         self.decoder = CandidateDecoder(sam)
@@ -63,14 +70,21 @@ class SamScorer:
 
     @torch.no_grad()
     def prepare(self, sample: "Sample", features: Tensor) -> _Image:
-        from vfmk.data.records import to_record, to_target
+        from segment_anything.utils.transforms import ResizeLongestSide
+
+        from vfmk.data.records import to_target
 
         _check_sample(sample)
         sam, embedding = self.sam, features[0]
-        record = to_record(sam, sample)
-        points = (record["point_coords"], record["point_labels"])
-        sparse, dense = sam.prompt_encoder(points=points, boxes=None, masks=None)
+        size, transform = sample.mask.shape, ResizeLongestSide(sam.image_encoder.img_size)
+        input_size = transform.get_preprocess_shape(*size, transform.target_length)
+        coords = torch.tensor(
+            transform.apply_coords(sample.points, size), dtype=torch.float32, device=sam.device
+        )
+        labels = torch.tensor(sample.labels, device=sam.device)
+        sparse, dense = sam.prompt_encoder((coords[None], labels[None]), boxes=None, masks=None)
         side = 4 * embedding.shape[-1]
+        record = {"image": torch.empty(3, *input_size, device="meta")}  # only its size is asked for
         return _Image(
             self.decoder.prepare(embedding, sparse, dense),
             embedding,
@@ -78,7 +92,7 @@ class SamScorer:
             dense,
             torch.tensor(sample.mask, device=embedding.device),
             to_target(sam, sample, record, torch.Size((side, side))),
-            tuple(record["image"].shape[-2:]),
+            input_size,
         )
 
     @torch.no_grad()
@@ -117,6 +131,8 @@ class FeatureScorer:
 
     Features are [1, C, h, w], or end in the channels: [1, N, C], [1, C].
     """
+
+    copies = 2
 
     def __init__(
         self, encoder: Callable[[Tensor], Tensor], score_fn: Callable[[Tensor, Any], Tensor]
@@ -174,22 +190,33 @@ def _check_sample(sample: "Sample") -> None:
     height, width = sample.mask.shape
     if sample.image.shape[:2] != (height, width):
         raise ValueError(f"search: sample {sample.id!r}: image and mask differ in size")
+    if sample.mask.dtype != bool:
+        raise ValueError(
+            f"search: sample {sample.id!r} must have a bool mask, has {sample.mask.dtype}"
+        )
     if not sample.mask.any():
         raise ValueError(f"search: sample {sample.id!r} has an empty mask")
+    if not len(sample.points):
+        raise ValueError(f"search: sample {sample.id!r} has no points")
+    if len(sample.labels) != len(sample.points):
+        raise ValueError(
+            f"search: sample {sample.id!r} has {len(sample.points)} points,"
+            f" {len(sample.labels)} labels"
+        )
     x, y = sample.points.T
     if not ((x >= 0) & (x < width) & (y >= 0) & (y < height)).all():
         raise ValueError(f"search: sample {sample.id!r} has a point outside its image")
 
 
-def chunk_size(features: Tensor) -> int:
-    """How many candidates to score at once, from the features of one."""
+def chunk_size(features: Tensor, copies: int) -> int:
+    """How many candidates to score at once, from the features of one and `Scorer.copies`."""
     budget = CPU_BYTES
     if features.is_cuda:
         free, _ = torch.cuda.mem_get_info(features.device)
         cached = torch.cuda.memory_reserved(features.device)
         free += cached - torch.cuda.memory_allocated(features.device)
         budget = min(CUDA_BYTES, int(CUDA_SHARE * free))
-    return max(1, budget // (COPIES * features.nbytes))
+    return max(1, budget // (copies * features.nbytes))
 
 
 def channel_dim(features: Tensor) -> int:

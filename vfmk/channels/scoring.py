@@ -4,7 +4,7 @@ With torch.distributed initialised, the encoding of the samples and the sets to 
 out, and every process gets all results.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -27,6 +27,7 @@ class Scoring:
         features: of each sample.
         num_channels: of the features.
         passes: decoder passes spent so far, by all processes.
+        known: how many scores the records had to begin with.
     """
 
     def __init__(
@@ -49,8 +50,11 @@ class Scoring:
             for sample, features in zip(samples, self.features, strict=True)
         ]
         self.device = self.features[0].device
-        self.chunk = min(_gathered(chunk_size(self.features[0])))  # the same in every process
+        # The same in every process.
+        self.chunk = min(_gathered(chunk_size(self.features[0], scorer.copies)))
         records.scores = agreed(records.scores)
+        _check_pairs(records.scores, self.num_channels)
+        self.known = len(records.scores)
 
     def map_of(self, pairs: PairSet) -> ChannelMap:
         if self.sequential:
@@ -99,10 +103,11 @@ class Scoring:
             of_chunk = sums[chunk.start : chunk.stop : chunk.step]
             for prepared in self.prepared:
                 of_chunk += self.scorer.scores(prepared, overwritten, read).double()
-        if not sums.isfinite().all():
+        # First the sum: what is not finite in one process then stops them all.
+        if not _summed(sums).isfinite().all():
             raise ValueError("search: a score is not finite")
         self.passes += len(block) * len(self.prepared)
-        return (_summed(sums) / len(self.prepared)).tolist()
+        return (sums / len(self.prepared)).tolist()
 
     def _tensors(self, sets: Sequence[PairSet]) -> tuple[Tensor, Tensor]:
         """Channels overwritten and read, [K, P]; short sets are filled up with (0, 0)."""
@@ -136,6 +141,15 @@ def _num_channels(features: Sequence[Tensor]) -> int:
     return channels
 
 
+def _check_pairs(known: Iterable[PairSet], channels: int) -> None:
+    for pairs in known:
+        for pair in pairs:
+            if not 0 <= min(pair) <= max(pair) < channels:
+                raise ValueError(
+                    f"search: output has a score of the pair {pair}, there are {channels} channels"
+                )
+
+
 def _blocks(items: Items, size: int) -> Iterator[Items]:
     for begin in range(0, len(items), size):
         yield items[begin : begin + size]  # type: ignore[misc]  # a slice is of the same type
@@ -159,7 +173,7 @@ def _gathered(value: Any) -> list[Any]:
 
 
 def _summed(tensor: Tensor) -> Tensor:
-    """Over all processes."""
+    """Over all processes, in place."""
     if world_size() > 1:
         torch.distributed.all_reduce(tensor)
     return tensor

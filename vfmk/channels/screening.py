@@ -5,6 +5,9 @@ changing nothing, with α and β from the gains known so far, plus a Gaussian pr
 are alike gain alike, and one that changes nothing gains nothing. Scored next are those whose gain
 may be highest by the mean and the spread of this model (its upper confidence bound), so that good
 guesses and unknown ground both get their turn.
+
+Candidates are not raced, dropping the worse image by image: where gains are small against the
+differences between images, a race on few of them kept 3 of the 10 best pairs.
 """
 
 from collections.abc import Callable, Mapping, Sequence
