@@ -50,6 +50,8 @@ def test_search_then_apply(data, tmp_path):
     again = json.loads((out / "metrics.json").read_text())
     assert again["passes"] < spent / 4  # gradients alone are not written down
     assert again["pairs"] == metrics["pairs"]
+    assert again["known_scores"] > metrics["known_scores"] == 0
+    assert "scores of an earlier run" in (out / "report.md").read_text()
 
     applied = tmp_path / "applied"
     arguments = ("--map", out / "map.json", "--search-data", data, "--limit", 3)

@@ -91,6 +91,7 @@ def run_search(
         "pairs": result.best.pairs,
         "candidates": result.candidates,
         "passes": result.passes,
+        "known_scores": result.known,
         "rejected_in_error": result.audit,
         "test": test and asdict(test),
     }
@@ -206,7 +207,7 @@ def _report(result: SearchResult, samples: int, test: TestScore | None) -> str:
     return f"""\
 # Channels searched
 
-{samples} samples, {result.passes:,} decoder passes.
+{samples} samples, {result.passes:,} decoder passes{_known(result)}.
 Overwritten by read: {_listed(result.best.pairs)}
 
 | on the search samples | IoU |
@@ -218,6 +219,10 @@ Overwritten by read: {_listed(result.best.pairs)}
 
 ![gain by channel overwritten and channel read](heat_map.png)
 {_test_report(test) if test else NO_TEST}"""
+
+
+def _known(result: SearchResult) -> str:
+    return f", and {result.known:,} scores of an earlier run" if result.known else ""
 
 
 def _listed(pairs: Sequence[Pair]) -> str:
