@@ -14,6 +14,7 @@ from segment_anything.modeling.common import LayerNorm2d
 from torch import Tensor, nn
 
 import vfmk
+from bench import encoders
 from bench.encoders import ENCODERS, OUT_CHANNELS, PATCH, build, flop_of
 from bench.harness import Case, measure
 from vfmk.channels import ChannelMap, apply
@@ -22,7 +23,6 @@ from vfmk.sam.neck import set_channel_pairs
 CPU_CASES = [("ViT-B", 1, 1024), ("ViT-B", 1, 512)]
 CUDA_CASES = [("ViT-B", 8, 1024)]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # relative
-ENCODER_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 # As many pairs as a search gives.
 MAP = ChannelMap(tuple((i, OUT_CHANNELS - 1 - i) for i in range(10)), OUT_CHANNELS)
 INDEX = MAP.index
@@ -115,7 +115,7 @@ def bench_encoder(benchmark, device, smoke, name, batch, size):
         apply(copy.deepcopy(encoder), MAP),
         inputs,
         flop_of(name, batch, size, "forward"),
-        ENCODER_TOLERANCE[dtype],
+        encoders.TOLERANCE[dtype],
         3 if smoke else 5 if device == "cpu" else 10,
         reference_dtype=torch.float32,
     )

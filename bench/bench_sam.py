@@ -11,8 +11,6 @@ from bench.harness import Case, measure
 
 CPU_CASES = [("ViT-B", 1, 1024), ("ViT-B", 1, 512)]
 CUDA_CASES = [("ViT-B", 8, 1024), ("ViT-L", 8, 1024), ("ViT-H", 8, 1024)]
-# Against eager float32: float64 would not fit. Through 12 blocks and more.
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -42,7 +40,7 @@ def bench_encoder(benchmark, device, smoke, name, batch, size):
             "forward",
             encoders.bytes_of(encoder, images),
             encoders.flop_of(name, batch, size, "forward"),
-            TOLERANCE[dtype],
+            encoders.TOLERANCE[dtype],
             {"sdpa, no bias": floor},
             reference_dtype=torch.float32,
             memory=[] if smoke else [*contenders, "sdpa, no bias"],

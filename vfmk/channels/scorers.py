@@ -72,26 +72,23 @@ class SamScorer:
     def prepare(self, sample: "Sample", features: Tensor) -> _Image:
         from segment_anything.utils.transforms import ResizeLongestSide
 
-        from vfmk.data.records import to_target
+        from vfmk.data.records import to_points, to_target
 
         _check_sample(sample)
         sam, embedding = self.sam, features[0]
-        size, transform = sample.mask.shape, ResizeLongestSide(sam.image_encoder.img_size)
-        input_size = transform.get_preprocess_shape(*size, transform.target_length)
-        coords = torch.tensor(
-            transform.apply_coords(sample.points, size), dtype=torch.float32, device=sam.device
+        input_size = ResizeLongestSide.get_preprocess_shape(
+            *sample.mask.shape, sam.image_encoder.img_size
         )
-        labels = torch.tensor(sample.labels, device=sam.device)
-        sparse, dense = sam.prompt_encoder((coords[None], labels[None]), boxes=None, masks=None)
+        points = to_points(sam, sample)
+        sparse, dense = sam.prompt_encoder(points, boxes=None, masks=None)
         side = 4 * embedding.shape[-1]
-        record = {"image": torch.empty(3, *input_size, device="meta")}  # only its size is asked for
         return _Image(
             self.decoder.prepare(embedding, sparse, dense),
             embedding,
             sparse,
             dense,
             torch.tensor(sample.mask, device=embedding.device),
-            to_target(sam, sample, record, torch.Size((side, side))),
+            to_target(sam, sample, input_size, (side, side)),
             input_size,
         )
 
@@ -122,8 +119,7 @@ class SamScorer:
         both = (mask * prepared.soft_target).sum()
         soft_iou = both / (mask.sum() + prepared.soft_target.sum() - both)
         (gradient,) = torch.autograd.grad(soft_iou, embedding)
-        gradient, features = gradient.flatten(1), prepared.embedding.flatten(1)
-        return gradient @ features.T - (gradient * features).sum(1, keepdim=True)
+        return _first_order_gains(gradient, prepared.embedding, 0)
 
 
 class FeatureScorer:
@@ -178,12 +174,13 @@ class FeatureScorer:
         if not score.requires_grad:
             raise ValueError('search: strategy="screened" needs a score_fn with a gradient')
         (gradient,) = torch.autograd.grad(score.sum(), features)
-        dim = channel_dim(features)
-        gradient, features = (
-            gradient.movedim(dim, 0).flatten(1),
-            features.movedim(dim, 0).flatten(1),
-        )
-        return gradient @ features.T - (gradient * features).sum(1, keepdim=True)
+        return _first_order_gains(gradient, features, channel_dim(features))
+
+
+def _first_order_gains(gradient: Tensor, features: Tensor, dim: int) -> Tensor:
+    """⟨gradient of channel i, channel j − channel i⟩ for every pair: [C, C]."""
+    gradient, features = (t.movedim(dim, 0).flatten(1) for t in (gradient, features))
+    return gradient @ features.T - (gradient * features).sum(1, keepdim=True)
 
 
 def _check_sample(sample: "Sample") -> None:

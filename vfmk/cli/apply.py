@@ -12,8 +12,6 @@ from vfmk.cli.model import load_model
 from vfmk.cli.progress import plain_errors
 from vfmk.cli.samples import searched_and_test
 
-MODELS = ("tiny", "vit_b", "vit_l", "vit_h")
-
 
 def apply(
     map: Annotated[Path, Option(help="map.json of vfmk search, or of the authors' tool")],
@@ -49,6 +47,8 @@ def check_backend(map: Path, model: str) -> None:
     Raises:
         ValueError: it was searched for another.
     """
+    from vfmk.sam.load import MODELS
+
     backend = str(json.loads(map.read_text()).get("backend", ""))
     named = [name for name in MODELS if name in backend.lower().replace("-", "_")]
     if named and model not in named:

@@ -1,5 +1,6 @@
 """Samples in the form in which SAM takes a batch."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,22 +22,36 @@ def to_record(sam: "Sam", sample: Sample) -> dict[str, Any]:
     from segment_anything.utils.transforms import ResizeLongestSide
 
     transform = ResizeLongestSide(sam.image_encoder.img_size)
-    size = sample.mask.shape
     image = np.ascontiguousarray(transform.apply_image(sample.image).transpose(2, 0, 1))
-    points = transform.apply_coords(sample.points, size)
+    coords, labels = to_points(sam, sample)
     return {
         "image": torch.as_tensor(image, dtype=torch.float32, device=sam.device),
-        "original_size": size,
-        "point_coords": torch.as_tensor(points, dtype=torch.float32, device=sam.device)[None],
-        "point_labels": torch.as_tensor(sample.labels, device=sam.device)[None],
+        "original_size": sample.mask.shape,
+        "point_coords": coords,
+        "point_labels": labels,
     }
 
 
-def to_target(sam: "Sam", sample: Sample, record: dict[str, Any], size: torch.Size) -> Tensor:
-    """The mask in the frame of the low-resolution logits: [h, w], the share of a cell covered."""
+def to_points(sam: "Sam", sample: Sample) -> tuple[Tensor, Tensor]:
+    """The prompt, on the model's device: float32 [1, P, 2] on the resized image, int64 [1, P]."""
+    from segment_anything.utils.transforms import ResizeLongestSide
+
+    transform = ResizeLongestSide(sam.image_encoder.img_size)
+    points = transform.apply_coords(sample.points, sample.mask.shape)
+    coords = torch.as_tensor(points, dtype=torch.float32, device=sam.device)
+    return coords[None], torch.tensor(sample.labels, device=sam.device)[None]
+
+
+def to_target(sam: "Sam", sample: Sample, input_size: Sequence[int], size: Sequence[int]) -> Tensor:
+    """The mask in the frame of the low-resolution logits: [h, w], the share of a cell covered.
+
+    Args:
+        input_size: height and width of the resized image.
+        size: h, w.
+    """
     mask = torch.as_tensor(sample.mask, dtype=torch.float32, device=sam.device)
-    height, width = record["image"].shape[-2:]
+    height, width = input_size
     mask = F.interpolate(mask[None, None], (height, width), mode="area")
     side = sam.image_encoder.img_size
     mask = F.pad(mask, (0, side - width, 0, side - height))
-    return F.interpolate(mask, size, mode="area")[0, 0]
+    return F.interpolate(mask, tuple(size), mode="area")[0, 0]

@@ -25,6 +25,7 @@ TINY_WEIGHTS = Path(__file__).parent / "weights" / "tiny.safetensors"
 TINY_SHA256 = "87b62b3bd29127a5adf78a7789b90c4897163f789fa4614482f1ea27a5fbd674"
 
 _WIDTHS = {"tiny": 128, "vit_b": 768, "vit_l": 1024, "vit_h": 1280}
+MODELS = tuple(_WIDTHS)
 _PATCH_EMBED = "image_encoder.patch_embed.proj.weight"  # [width, 3, patch, patch]
 
 
@@ -42,8 +43,8 @@ def load_sam(name: str, checkpoint: str | PathLike[str] | None = None) -> "Sam":
             weights that are not the ones this version was released with.
         ImportError: `segment_anything` is not installed.
     """
-    if name not in _WIDTHS:
-        raise ValueError(f"load_sam: name must be one of {', '.join(_WIDTHS)}, got {name!r}")
+    if name not in MODELS:
+        raise ValueError(f"load_sam: name must be one of {', '.join(MODELS)}, got {name!r}")
     if name == "tiny":
         sam = build_tiny_sam()
     else:

@@ -73,7 +73,7 @@ def _loss(adapted: AdaptedSam, batch: Sequence[Sample]) -> torch.Tensor:
         [output["low_res_logits"] for output in adapted(records, return_masks=False)]
     )  # [B, 1, h, w]
     targets = [
-        to_target(adapted.sam, sample, record, logits.shape[-2:])
+        to_target(adapted.sam, sample, record["image"].shape[-2:], logits.shape[-2:])
         for sample, record in zip(batch, records, strict=True)
     ]
     return mask_loss(logits[:, 0], torch.stack(targets)).mean()
