@@ -4,6 +4,9 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <stdexcept>
+#include <string>
+
 #include "boundary.h"
 
 namespace vfmk::channel_remap {
@@ -40,7 +43,6 @@ constexpr const char* NAME = "channel_remap";
 Strides strides(const Tensor& tensor) {
   return {tensor.stride(0), tensor.stride(1), tensor.stride(2), tensor.stride(3)};
 }
-Strides strides(const MaybeTensor& tensor) { return tensor ? strides(*tensor) : Strides{}; }
 
 const int64_t* positions(const Tensor& index) {
   return static_cast<const int64_t*>(index.const_data_ptr());
@@ -62,6 +64,18 @@ Problem describe(const Tensor& output, const Tensor& index, int64_t input_channe
   return problem;
 }
 
+// Rows that follow one another without a gap in every activation become one.
+void merge_rows(Problem& problem, std::initializer_list<Strides*> activations) {
+  for (const Strides* strides : activations) {
+    const int64_t step = problem.channels_last ? strides->column : 1;
+    if (strides->row != problem.columns * step) return;
+  }
+  problem.columns *= problem.rows;
+  problem.rows = 1;
+  if (problem.channels_last) return;
+  for (Strides* strides : activations) strides->column = 1;  // of one column it was any
+}
+
 Layout input_layout(bool channels_last) {
   return channels_last ? Layout::dense_channels : Layout::dense_last;
 }
@@ -75,6 +89,7 @@ Problem describe_forward(const Tensor& input, const Tensor& index, const MaybeTe
   check_arguments(NAME, ScalarType::Long, {{"index", index, Layout::contiguous}});
   Problem problem = describe(output, index, input.size(1), channels_last);
   problem.input = strides(input);
+  merge_rows(problem, {&problem.input, &problem.output});
   return problem;
 }
 
@@ -89,8 +104,9 @@ Problem describe_backward(const Tensor& grad_output, const MaybeTensor& input, c
                    {"grad_scale", grad_scale, Layout::contiguous}});
   check_arguments(NAME, ScalarType::Long, {{"index", index, Layout::contiguous}});
   Problem problem = describe(grad_output, index, input_channels, channels_last);
-  problem.input = strides(input);
-  problem.grad_input = strides(grad_input);
+  problem.input = strides(input.value_or(grad_output));  // in place of none, what merges alike
+  problem.grad_input = strides(grad_input.value_or(grad_output));
+  merge_rows(problem, {&problem.output, &problem.input, &problem.grad_input});
   return problem;
 }
 
@@ -106,8 +122,18 @@ Backward pointers(const Tensor& grad_output, const MaybeTensor& input, const Ten
           workspace.mutable_data_ptr()};
 }
 
+void check_range(const Tensor& index, int64_t channels) {
+  const int64_t* position = positions(index);
+  for (const int64_t* end = position + index.numel(); position < end; ++position) {
+    if (*position >= 0 && *position < channels) continue;
+    throw std::out_of_range(std::string(NAME) + ": index holds " + std::to_string(*position) +
+                            ", input has " + std::to_string(channels) + " channels");
+  }
+}
+
 void forward_cpu(Tensor input, Tensor index, MaybeTensor scale, bool channels_last, Tensor output) {
   const Problem problem = describe_forward(input, index, scale, channels_last, output);
+  check_range(index, problem.input_channels);  // Python knows the exception as an IndexError
   cpu::forward(problem,
                {input.const_data_ptr(), positions(index), data(scale), output.mutable_data_ptr()});
 }

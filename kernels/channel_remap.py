@@ -238,7 +238,8 @@ def forward(
             *(input, index, scale, output),
             *(batch // index.shape[0], input.shape[1], channels, columns, rows * columns),
             *(*input.stride(), *output.stride()),
-            *(block_pixels, block_channels, channels_last, rows == 1),
+            *(block_pixels, block_channels, channels_last),
+            _is_one_row(channels_last, input, output),
         )
 
 
@@ -278,11 +279,21 @@ def backward(
             *grad_output.stride(),
             *((0,) * 4 if input is None or sums is None else input.stride()),
             *((0,) * 4 if grad_input is None else grad_input.stride()),
-            *(block_pixels, block_channels, channels_last, rows == 1),
+            *(block_pixels, block_channels, channels_last),
+            _is_one_row(channels_last, grad_output, input, grad_input),
         )
         if grad_scale is not None and sums is not None:
             outside = (index < 0) | (index >= input_channels)  # nobody summed those
             grad_scale.copy_(sums.sum(1).masked_fill_(outside, torch.nan))
+
+
+def _is_one_row(channels_last: bool, *activations: Tensor | None) -> bool:
+    """Whether rows follow one another without a gap."""
+    return all(
+        activation.stride(2) == activation.shape[3] * (activation.stride(3) if channels_last else 1)
+        for activation in activations
+        if activation is not None
+    )
 
 
 def _tile(channels_last: bool, channels: int) -> tuple[int, int]:

@@ -77,14 +77,17 @@ def use_backend(name: str) -> Iterator[None]:
 def kernel(operator: str, name: str, *args: Any) -> Callable[..., Any]:
     """The kernel `name` ("forward", "backward") of the backend that is to run `args`."""
     forced = _forced or os.environ.get("VFMK_BACKEND")
-    reasons = []
-    for backend in (_checked(forced, "VFMK_BACKEND"),) if forced else BACKENDS:
-        reason = _missing(operator, backend) or _operators[operator][backend].not_supported(*args)
-        if not reason:
+    allowed = (_checked(forced, "VFMK_BACKEND"),) if forced else BACKENDS
+    for backend in allowed:
+        if not _reason(operator, backend, args):
             return _kernels(operator, backend)[name]
-        reasons.append(f"{backend}: {reason}")
     wanted = f"the backend {forced!r} cannot run this call" if forced else "no backend can run it"
+    reasons = [f"{backend}: {_reason(operator, backend, args)}" for backend in allowed]
     raise BackendError(f"{operator}: {wanted}\n  " + "\n  ".join(reasons))
+
+
+def _reason(operator: str, backend: str, args: tuple[Any, ...]) -> str:
+    return _missing(operator, backend) or _operators[operator][backend].not_supported(*args)
 
 
 def _checked(name: str, source: str) -> str:

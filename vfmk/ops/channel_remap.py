@@ -97,32 +97,22 @@ def _check_index(input: Tensor, index: Tensor, dim: int) -> None:
         )
 
 
-def _check_range(index: Tensor, channels: int) -> None:
-    if index.device.type != "cpu" or not index.numel():
-        return
-    low, high = (int(bound) for bound in index.aminmax())
-    if low < 0 or high >= channels:
-        raise IndexError(
-            f"{NAME}: index holds {low if low < 0 else high}, input has {channels} channels"
-        )
-
-
 @torch.library.custom_op(f"vfmk::{NAME}", mutates_args=())
 def _forward(input: Tensor, index: Tensor, scale: Tensor | None, dim: int) -> Tensor:
-    _check_range(index, input.shape[dim])
-    output = _empty_output(input, index, scale, dim)
-    channels_last = _channels_last(input, dim)
+    output, channels_last = _empty_output(input, index, scale, dim), _channels_last(input, dim)
     per_sample = index.dim() == 2
-    source = _planes(input, dim, per_sample, channels_last)
-    target = _split(output, dim, per_sample, source.shape[2])
-    arguments = (source, _maps(index), _maps(scale), channels_last, target)
-    _backends.kernel(NAME, "forward", input)(*arguments)
+    _backends.kernel(NAME, "forward", input)(
+        _planes(input, dim, per_sample, channels_last),
+        *(_maps(index), _maps(scale), channels_last),
+        _planes(output, dim, per_sample, channels_last),
+    )
     return output
 
 
 @_forward.register_fake
 def _empty_output(input: Tensor, index: Tensor, scale: Tensor | None, dim: int) -> Tensor:
-    size = [*input.shape[:dim], index.shape[-1], *input.shape[dim + 1 :]]
+    size = list(input.shape)
+    size[dim] = index.shape[-1]
     return _empty(size, input, dim, _channels_last(input, dim))
 
 
@@ -140,19 +130,16 @@ def _backward(
     gradients = _empty_gradients(
         grad_output, input, index, scale, input_channels, dim, channels_last, wanted
     )
-    grad_output = _in_layout(grad_output, dim, channels_last)
-    per_sample, rows, planes = index.dim() == 2, 1, None
-    if wanted[1]:
-        assert input is not None
-        planes = _planes(input, dim, per_sample, channels_last)
-        rows = planes.shape[2]
-    arguments = (
-        *(_split(grad_output, dim, per_sample, rows), planes, _maps(index), _maps(scale)),
-        *(input_channels, channels_last),
-        _split(gradients[0], dim, per_sample, rows) if wanted[0] else None,
+    planes = functools.partial(
+        _planes, dim=dim, per_sample=index.dim() == 2, channels_last=channels_last
+    )
+    _backends.kernel(NAME, "backward", grad_output)(
+        planes(_in_layout(grad_output, dim, channels_last)),
+        planes(input) if wanted[1] and input is not None else None,
+        *(_maps(index), _maps(scale), input_channels, channels_last),
+        planes(gradients[0]) if wanted[0] else None,
         _maps(gradients[1]) if wanted[1] else None,
     )
-    _backends.kernel(NAME, "backward", grad_output)(*arguments)
     return gradients
 
 
@@ -223,27 +210,22 @@ def _in_layout(tensor: Tensor, dim: int, channels_last: bool) -> Tensor:
 
 
 def _planes(tensor: Tensor, dim: int, per_sample: bool, channels_last: bool) -> Tensor:
-    """[N, C, rows, columns] with dense columns, or channels if those are last: a view, in one row
-    where it can be, or a copy where the strides allow none."""
-    if not _is_dense(tensor, dim, channels_last):
-        view = _split(tensor, dim, per_sample, tensor.shape[dim + 1 : -1].numel())
-        innermost = 1 if channels_last else 3
-        if view.shape[innermost] == 1 or view.stride(innermost) == 1:
-            step = view.stride(3) if channels_last else 1
-            one_row = view.shape[2] == 1 or view.stride(2) == view.shape[3] * step
-            return view.flatten(2)[:, :, None] if one_row else view
-        tensor = _in_layout(tensor, dim, channels_last)
-    return _split(tensor, dim, per_sample, 1)
+    """[N, C, rows, columns] with dense columns, or channels if those are last: a view where the
+    strides allow one, or a copy."""
+    view = tensor if tensor.dim() == 4 and dim == 1 else _split(tensor, dim, per_sample)
+    innermost = 1 if channels_last else 3
+    if view.stride(innermost) == 1 or view.shape[innermost] == 1:
+        return view
+    return _split(_in_layout(tensor, dim, channels_last), dim, per_sample)
 
 
-def _split(tensor: Tensor, dim: int, per_sample: bool, rows: int) -> Tensor:
-    """[N, C, rows, columns]: a view of a dense tensor."""
+def _split(tensor: Tensor, dim: int, per_sample: bool) -> Tensor:
     before, channels, after = tensor.shape[:dim], tensor.shape[dim], tensor.shape[dim + 1 :]
     if after:
-        return tensor.reshape(before.numel(), channels, rows, after.numel() // rows)
+        return tensor.reshape(before.numel(), channels, after[:-1].numel(), after[-1])
     samples = before[0] if per_sample else 1
     pixels = before[1:].numel() if per_sample else before.numel()
-    return tensor.reshape(samples, rows, pixels // rows, channels).permute(0, 3, 1, 2)
+    return tensor.reshape(samples, 1, pixels, channels).permute(0, 3, 1, 2)
 
 
 def _maps(tensor: Tensor | None) -> Tensor | None:
