@@ -1,6 +1,5 @@
 """The wheel: one for every CPython, with kernels, weights and library inside."""
 
-import fcntl
 import json
 import os
 import subprocess
@@ -12,7 +11,6 @@ import pytest
 
 from vfmk import _backends
 
-pytestmark = pytest.mark.xdist_group("wheel")  # one worker; the lock below serves where it gets two
 ROOT = Path(__file__).parents[1]
 RUN = """
 import json, torch, vfmk
@@ -23,16 +21,16 @@ print(json.dumps([vfmk.__file__, vfmk.backends()["dynamic_depthwise_conv2d"]]))
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
+def wheel(built):
     """Built with the objects at hand, so that only what changed is compiled."""
     if not _backends.LIBRARY.exists():
         pytest.skip("the installed package has no native library")
-    folder = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", str(folder), "."]
-    with (ROOT / "build" / ".lock").open("w") as lock:  # other workers build in the same folder
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        subprocess.run([*command, "--no-build-isolation"], cwd=ROOT, check=True)
-    return next(folder.glob("*.whl"))
+
+    def make(folder: Path) -> None:
+        command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", str(folder)]
+        subprocess.run([*command, "--no-build-isolation", "."], cwd=ROOT, check=True)
+
+    return next(built("wheel", make).glob("*.whl"))
 
 
 @pytest.fixture

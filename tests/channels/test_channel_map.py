@@ -52,9 +52,19 @@ def test_reads_the_authors_files(tmp_path):
     assert ChannelMap.load(path) == ChannelMap(((3, 250),), 256)
 
 
-@pytest.mark.parametrize("text", ['{"pairs": [[1, 2]', '{"miou": 1}', "[]", '{"pairs": [[1, 1]]}'])
-def test_refuses_what_is_no_map(tmp_path, text):
+@pytest.mark.parametrize(
+    "document",
+    [
+        b'{"pairs": [[1, 2]',
+        b'{"miou": 1}',
+        b"[]",
+        b'{"pairs": [[1, 1]]}',
+        b'{"pairs": [[1, 2]], "num_channels": 64.0}',
+        b"\x89PNG",
+    ],
+)
+def test_refuses_what_is_no_map(tmp_path, document):
     path = tmp_path / "map.json"
-    path.write_text(text)
+    path.write_bytes(document)
     with pytest.raises(ValueError, match=r"map\.json is no channel map"):
         ChannelMap.load(path)

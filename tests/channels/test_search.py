@@ -149,8 +149,10 @@ def test_a_score_that_is_not_finite_in_another_process_stops_this_one(sam, sampl
 
 def test_refuses_a_model_with_a_channel_map(samples):
     mapped = channels.apply(build_sam(), ChannelMap(((1, 2),), CHANNELS))
-    with pytest.raises(ValueError, match="the model has a channel map; remove it first"):
-        search(mapped, samples, progress=False)
+    encoder = torch.nn.Sequential(mapped.image_encoder)
+    for model, score_fn in ((mapped, None), (encoder, lambda features, sample: features.mean(1))):
+        with pytest.raises(ValueError, match="the model has a channel map; remove it first"):
+            search(model, samples, score_fn=score_fn, progress=False)
     search(channels.remove(mapped), samples[:1], top_n=1, progress=False)
 
 

@@ -1,6 +1,9 @@
 """`vfmk search` and `vfmk apply`, as a person calls them."""
 
 import json
+import shutil
+import subprocess
+import sys
 
 import pytest
 from PIL import Image
@@ -69,6 +72,15 @@ def test_mistakes_end_in_one_line(data, tmp_path):
     path.write_text('{"pairs": [[1, 1]], "num_channels": 16}')
     arguments = ("--search-data", data, "--limit", 3, "--out", tmp_path / "out")
     assert "overwrites a channel by itself" in call("apply", "--map", path, *arguments, code=1)
+    path.write_text('{"pairs": [[2, 1]], "num_channels": 16, "backend": "tiny"}')
+    output = call("apply", "--map", path, "--search-data", data, "--out", tmp_path, code=1)
+    assert "no samples to evaluate on beyond the 5 searched on" in " ".join(output.split())
+    (tmp_path / "scores.jsonl").touch()
+    arguments = ("--search-data", data, "--limit", 3, "--out", tmp_path)
+    output = call("apply", "--map", path, *arguments, code=1)
+    assert "holds a search; choose another folder by --out" in " ".join(output.split())
+    options = ("--data", data, "--out", tmp_path, "--model", "vit_b")
+    assert "'vit_b' comes without weights" in call("search", *options, code=1)
 
 
 def test_apply_knows_for_which_model_a_map_is(data, tmp_path):
@@ -82,7 +94,7 @@ def test_apply_knows_for_which_model_a_map_is(data, tmp_path):
     path.write_text(json.dumps({**text, "num_channels": 8, "backend": "tiny"}))
     output = call("apply", *arguments, code=1)
     assert "the map is for 8 channels, the embedding has 16" in output
-    assert not (tmp_path / "out" / "report.md").exists()
+    assert not (tmp_path / "out").exists()
     for backend in ({"backend": "tiny"}, {"backend": "mine"}, {}):
         path.write_text(json.dumps({**text, **backend}))
         told = "does not say for which" in " ".join(call("apply", *arguments).split())
@@ -94,10 +106,14 @@ def test_never_on_images_searched_on(data, tmp_path):
     path = tmp_path / "map.json"
     path.write_text('{"pairs": [[2, 1]], "num_channels": 16, "backend": "tiny"}')
     same = ("--limit", 2, "--test-data", data)
-    told = "2 of 5 test samples are searched on too"
+    told = "the images of 2 of 5 test samples are searched on too"
     assert told in " ".join(call("search", "--data", data, *same, *out, code=1).split())
     same = ("--search-data", data, "--limit", 2, "--data", data)
     assert told in " ".join(call("apply", "--map", path, *same, *out, code=1).split())
+    for file in data.glob("1.*"):  # of the 2 that are searched on, under another name
+        shutil.copy(file, file.with_stem("copy"))
+    output = call("search", "--data", data, "--limit", 2, *out, code=1)
+    assert "the images of 1 of 4 test samples are searched on too" in " ".join(output.split())
     assert not (tmp_path / "out").exists()
 
 
@@ -116,3 +132,12 @@ def test_a_split_of_a_manifest_is_named(data, tmp_path):
     call("search", *options, "--split", "val", "--test-split", "test", "--top-n", 2)
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert (metrics["search_samples"], metrics["test"]["samples"]) == (3, 2)
+
+
+def test_of_several_processes_the_first_alone_names_a_mistake(tmp_path):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    arguments = ["-m", "vfmk", "search", "--data", "no", "--out", "out"]
+    ended = subprocess.run([*launch, *arguments], cwd=tmp_path, capture_output=True, text=True)
+    assert ended.returncode == 1
+    assert ended.stderr.count("vfmk search: load_samples: no does not exist") == 1
+    assert "[rank1]" not in ended.stderr

@@ -43,7 +43,9 @@ def call(*arguments, code=0):
 
 
 def train(out, *arguments, task="promptable", code=0):
-    common = ("--data", "shapes", "--epochs", 1, "--learning-rate", 1e-3, "--rank", 4)
+    common = ("--data", "shapes", "--epochs", 1, "--learning-rate", 1e-3)
+    if not {"decoder", "full"} & set(arguments):
+        common += ("--rank", 4)
     return call("train", "--task", task, "--out", out, *common, *arguments, code=code)
 
 
@@ -171,6 +173,7 @@ def test_resume(tmp_path):
     ("arguments", "message"),
     [
         (("--adapter", "full", "--train-module", "mask_decoder"), "modules_to_save goes with"),
+        (("--adapter", "full", "--rank", 8), "ModelConfig: rank goes with the adapters vfm and"),
         (("--batch-size", 0), "TrainConfig: batch_size must be at least 1, got 0"),
         (("--model", "vit_x"), "name must be one of tiny"),
         (("--conv", "sparse"), "'sparse' is not one of"),

@@ -71,8 +71,6 @@ def call(*arguments: object, code: int = 0) -> str:
 def train_arguments(task: str, data: Path, run: Path, *options: str) -> list[str]:
     split = ("--data", str(data), "--split", "train", "--eval-split", "held_out")
     recipe = (
-        "--rank",
-        "8",
         "--learning-rate",
         "2e-3",
         "--schedule",
@@ -144,7 +142,7 @@ def check_report(folder: Path) -> None:
 def check_learns(case: Case, tmp_path: Path) -> None:
     data = write(case.files, tmp_path / "data", COUNTS)
     run = tmp_path / "run"
-    call(*train_arguments(case.task, data, run, "--adapter=vfm", *case.options))
+    call(*train_arguments(case.task, data, run, "--adapter=vfm", "--rank=8", *case.options))
     metrics = read(run / "metrics.json")
     assert metrics["last"][case.score] > metrics["before"][case.score] + case.margin
     assert metrics["best"] == pytest.approx(by_hand(data, run), abs=1e-6)

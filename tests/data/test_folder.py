@@ -83,6 +83,8 @@ def test_samples_come_in_the_order_of_their_stems(triple):
         Image.open(triple / "a.jpg").save(triple / f"{stem}.jpeg")
         write_mask(triple / f"{stem}.png")
     assert [sample.id for sample in load_samples(triple)] == ["a", "b10", "b9"]
+    as_split = load_samples(triple.parent, split=triple.name)
+    assert [sample.id for sample in as_split] == ["a", "b10", "b9"]
 
 
 def test_images_and_masks_in_their_own_folders(triple):
@@ -102,6 +104,8 @@ def test_images_and_masks_in_their_own_folders(triple):
 def test_missing_folder_and_folder_without_images(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
         load_samples(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="train does not exist"):
+        load_samples(tmp_path, split="train")
     with pytest.raises(DataError, match=r"has no image \(\.jpeg, \.jpg\)"):
         load_samples(tmp_path)
 
@@ -213,4 +217,7 @@ def test_a_manifest_gives_its_points_and_all_its_splits(triple):
     assert [sample.id for sample in load_samples(manifest, split="b")] == ["a"]
     manifest.write_text(manifest.read_text()[:-9])
     with pytest.raises(DataError, match=r"manifest\.jsonl:2 is not JSON"):
+        load_samples(manifest)
+    manifest.write_text("\n")
+    with pytest.raises(DataError, match=r"manifest\.jsonl lists no image"):
         load_samples(manifest)

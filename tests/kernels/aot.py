@@ -2,10 +2,11 @@
 
 `recorded()` catches the launches that an operator would make for given arguments, which may be meta
 tensors of any size; `compiled()` builds one of them for a compute capability, exactly as a launch
-there would: the same types, constants, alignments and options. Needs a process without the
-interpreter.
+there would: the same types, constants, alignments and options. A test module that imports this is
+skipped where there is no Triton, or its interpreter instead.
 """
 
+import os
 import re
 import subprocess
 import tempfile
@@ -17,6 +18,11 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
+
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -54,6 +60,11 @@ class Code:
         assembly = _inspect(self.cubin, triton.knobs.nvidia.nvdisasm.path, "-c")
         opcode = r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]+)"
         return Counter(re.findall(opcode, assembly, re.MULTILINE))
+
+
+def count(instructions: Counter[str], *prefixes: str) -> int:
+    """Instructions whose opcode begins so."""
+    return sum(number for opcode, number in instructions.items() if opcode.startswith(prefixes))
 
 
 @contextmanager

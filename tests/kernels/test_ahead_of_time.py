@@ -4,19 +4,11 @@ A spill, or registers past a limit, means fewer warps to hide memory latency wit
 only with a measurement on a GPU beside it.
 """
 
-import os
-
 import pytest
 import torch
 
-pytest.importorskip("triton")
-
-from tests.kernels.aot import CAPABILITIES, Launch, compiled, recorded
+from tests.kernels.aot import CAPABILITIES, Launch, compiled, count, recorded
 from vfmk.kernels import channel_remap, dynamic_depthwise_conv2d, mask_iou
-
-pytestmark = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing"
-)
 
 LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 # Registers of a thread, at most, over architectures, dtypes and Triton 3.6 to 3.9. A multiprocessor
@@ -83,8 +75,7 @@ def test_dynamic_depthwise_conv2d_instructions(layout, side):
     of_a_row = (1, 1) if layout == "nchw" else (columns + side - 1, columns)
     width = VECTORS[layout, side]
     taps = side**2 if layout == "channels_last" else 0
-    loads = sum(n for opcode, n in instructions.items() if opcode.startswith(f"LDG.E.{width}"))
-    assert loads >= rows * of_a_row[0] + taps
+    assert count(instructions, f"LDG.E.{width}") >= rows * of_a_row[0] + taps
     assert instructions[f"STG.E.{width}"] == rows * of_a_row[1]
     outputs = rows * columns * (1 if layout == "nchw" else launch.arguments["VECTOR"])
     assert instructions["FFMA"] == outputs * side**2  # each tap once, nothing but multiply-adds
@@ -139,7 +130,7 @@ def test_channel_remap_instructions(dtype):
         instructions = compiled(launch, 90).instructions()
         assert instructions["STG.E.128"]
         if layout == "nchw":
-            assert any(opcode.startswith("LDG.E.128") for opcode in instructions)
+            assert count(instructions, "LDG.E.128")
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)

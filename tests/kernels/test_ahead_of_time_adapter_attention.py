@@ -4,19 +4,11 @@ A spill, or registers or shared memory past a limit, and fewer programs hide eac
 raise a limit only with a measurement on a GPU beside it.
 """
 
-import os
-
 import pytest
 import torch
 
-pytest.importorskip("triton")
-
-from tests.kernels.aot import CAPABILITIES, Launch, compiled, recorded
+from tests.kernels.aot import CAPABILITIES, Launch, compiled, count, recorded
 from vfmk.kernels import adapter_attention
-
-pytestmark = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing"
-)
 
 # Registers of a thread, at most, over architectures (16 more on sm_120), in Triton 3.9, by
 # kernel and rank. A multiprocessor has 65,536: for two programs of 8 warps with 128 each, or three
@@ -61,10 +53,6 @@ def launches(
     return {launch.kernel.fn.__name__: launch for launch in found}
 
 
-def count(code, prefix: str) -> int:
-    return sum(n for opcode, n in code.instructions().items() if opcode.startswith(prefix))
-
-
 @pytest.mark.parametrize(("kernel", "rank", "capability"), CASES)
 def test_resources(kernel, rank, capability):
     code = compiled(launches(rank, 1, torch.bfloat16)[kernel], capability)
@@ -72,7 +60,7 @@ def test_resources(kernel, rank, capability):
     assert code.registers <= REGISTERS[kernel, rank] + (16 if capability == 120 else 0)
     assert code.shared <= SHARED
     if capability in MATRIX_PRODUCT:
-        assert count(code, MATRIX_PRODUCT[capability]), "no tensor cores"
+        assert count(code.instructions(), MATRIX_PRODUCT[capability]), "no tensor cores"
 
 
 @pytest.mark.parametrize("kernel", ["_forward", "_backward_queries"])
@@ -82,7 +70,7 @@ def test_resources_of_heads(kernel):
         assert code.stack == 0, "spills"
         assert code.registers <= REGISTERS[kernel, 64]
         assert code.shared <= SHARED
-        assert count(code, MATRIX_PRODUCT[capability]), "no tensor cores"
+        assert count(code.instructions(), MATRIX_PRODUCT[capability]), "no tensor cores"
 
 
 @pytest.mark.parametrize("kernel", ["_forward", "_backward_keys"])
@@ -91,7 +79,7 @@ def test_resources_of_few_programs(kernel):
     code = compiled(launches(32, 1, torch.bfloat16, 1, 4095)[kernel], 90)
     assert code.stack == 0, "spills"
     assert code.registers <= REGISTERS[kernel, 64]
-    assert count(code, "HGMMA"), "no tensor cores"
+    assert count(code.instructions(), "HGMMA"), "no tensor cores"
 
 
 @pytest.mark.parametrize("rank", [32, 64])

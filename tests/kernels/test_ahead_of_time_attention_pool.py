@@ -4,19 +4,11 @@ A spill, or registers or shared memory past a limit, and fewer programs hide eac
 raise a limit only with a measurement on a GPU beside it.
 """
 
-import os
-
 import pytest
 import torch
 
-pytest.importorskip("triton")
-
-from tests.kernels.aot import CAPABILITIES, Launch, compiled, recorded
+from tests.kernels.aot import CAPABILITIES, Launch, compiled, count, recorded
 from vfmk.kernels import attention_pool
-
-pytestmark = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing"
-)
 
 # Registers of a thread, at most, over architectures, in Triton 3.9, by kernel and number of
 # queries (of width 64). A multiprocessor has 65,536: for 4 programs of 4 warps with 128 each.
@@ -53,10 +45,6 @@ def launches(queries: int, width: int, dtype: torch.dtype) -> dict[str, Launch]:
     return {launch.kernel.fn.__name__: launch for launch in found}
 
 
-def products(code, opcodes: tuple[str, ...]) -> int:
-    return sum(n for opcode, n in code.instructions().items() if opcode.startswith(opcodes))
-
-
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize(("kernel", "queries"), REGISTERS)
 def test_resources(kernel, queries, capability):
@@ -65,9 +53,9 @@ def test_resources(kernel, queries, capability):
     assert code.registers <= REGISTERS[kernel, queries]
     assert code.shared <= SHARED
     if capability in MATRIX_PRODUCT:
-        assert products(code, MATRIX_PRODUCT[capability]), "no tensor cores"
+        assert count(code.instructions(), *MATRIX_PRODUCT[capability]), "no tensor cores"
     if capability == 90 and queries == 64:
-        assert products(code, ("HGMMA",)), "half of the tensor cores' speed"
+        assert count(code.instructions(), "HGMMA"), "half of the tensor cores' speed"
 
 
 @pytest.mark.parametrize("kernel", ["_forward", "_backward"])

@@ -1,18 +1,10 @@
 """What ptxas makes of dynamic_conv2d's Triton kernels, on every architecture, without a GPU."""
 
-import os
-
 import pytest
 import torch
 
-pytest.importorskip("triton")
-
 from tests.kernels.aot import CAPABILITIES, Launch, compiled, recorded
 from vfmk.kernels import dynamic_conv2d
-
-pytestmark = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing"
-)
 
 LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 KERNELS = ("forward", "grad_weight")  # grad_input is forward's

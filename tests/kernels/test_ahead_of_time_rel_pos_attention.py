@@ -4,19 +4,11 @@ A spill, registers or shared memory past a limit, or matrix products that wait f
 fewer programs hide each other's latency: raise a limit only with a measurement on a GPU beside it.
 """
 
-import os
-
 import pytest
 import torch
 
-pytest.importorskip("triton")
-
-from tests.kernels.aot import CAPABILITIES, Launch, compiled, recorded
+from tests.kernels.aot import CAPABILITIES, Launch, compiled, count, recorded
 from vfmk.kernels import rel_pos_attention as kernels
-
-pytestmark = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing"
-)
 
 # Grid, window and head width: the blocks of ViT-B and ViT-L, and a global one of ViT-H.
 CASES = {
@@ -74,17 +66,15 @@ def test_resources(case, kernel, capability):
     assert code.registers <= REGISTERS[cores][case][KERNELS.index(kernel)]
     assert code.shared <= 1024 * SHARED[cores][case][KERNELS.index(kernel)] <= MOST_SHARED
     instructions = code.instructions()
-
-    def count(prefix: str) -> int:
-        return sum(n for opcode, n in instructions.items() if opcode.startswith(prefix))
-
-    products = count(MATRIX_PRODUCT[cores])
+    products = count(instructions, MATRIX_PRODUCT[cores])
     assert products, "no tensor cores"
     if cores == 90:
         # ptxas makes each wait for the one before, should it not see through the pipeline.
-        assert count("WARPGROUP.DEPBAR") <= products // 2, "matrix products are serialised"
+        waits = count(instructions, "WARPGROUP.DEPBAR")
+        assert waits <= products // 2, "matrix products are serialised"
     if cores in (90, 100):  # the padded tokens of windows have no place in a descriptor
-        assert bool(count("UTMALDG")) == (case != "windows" or kernel == "_backward_keys")
+        fetches = count(instructions, "UTMALDG")
+        assert bool(fetches) == (case != "windows" or kernel == "_backward_keys")
 
 
 @pytest.mark.parametrize("capability", [80, 90])

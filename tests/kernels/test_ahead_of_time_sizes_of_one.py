@@ -4,14 +4,11 @@ A launch makes an integer that is 1 a constant unless told otherwise, and a cons
 such a kernel does not compile on a GPU, while the interpreter runs it.
 """
 
-import os
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
-
-pytest.importorskip("triton")
 
 from tests.kernels.aot import Launch, compiled, recorded
 from vfmk.kernels import (
@@ -22,10 +19,6 @@ from vfmk.kernels import (
     dynamic_depthwise_conv2d,
     mask_iou,
     rel_pos_attention,
-)
-
-pytestmark = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing"
 )
 
 CAPABILITY = 80

@@ -8,7 +8,7 @@ from torch import Tensor
 
 import vfmk
 from tests import operator_checks
-from tests.operator_checks import TARGETS, Call
+from tests.operator_checks import Call
 
 NAME = "adapter_attention"
 # Projections of r terms, two products of r and N terms, an exponential, and projections again.
@@ -42,13 +42,6 @@ def arguments(
     else:  # "channels first": copied
         input = random(batch, rank, tokens).transpose(1, 2)
     return input, random(3 * rank, rank) * rank**-0.5, random(3 * rank) * 0.1
-
-
-@pytest.fixture(params=TARGETS)
-def device(request):
-    backend, device = request.param
-    with operator_checks.target(NAME, backend):
-        yield device
 
 
 SHAPES = {  # tokens, rank, heads

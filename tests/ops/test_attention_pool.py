@@ -8,7 +8,7 @@ from torch import Tensor
 
 import vfmk
 from tests import operator_checks
-from tests.operator_checks import TARGETS, Call
+from tests.operator_checks import Call
 
 NAME = "attention_pool"
 # Two products of D and N terms and an exponential; of one token, the queries' gradient is zero, and
@@ -41,13 +41,6 @@ def arguments(
     else:  # "channels first": copied
         keys = random(batch, width, tokens).transpose(1, 2)
     return keys, random(queries, width) * width**-0.5
-
-
-@pytest.fixture(params=TARGETS)
-def device(request):
-    backend, device = request.param
-    with operator_checks.target(NAME, backend):
-        yield device
 
 
 SHAPES = {  # tokens, width, queries

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import vfmk
 from tests import operator_checks
-from tests.operator_checks import TARGETS, Call
+from tests.operator_checks import Call
 from tests.ops.test_dynamic_depthwise_conv2d import LAYOUTS, in_layout
 
 NAME = "dynamic_conv2d"
@@ -59,13 +59,6 @@ def arguments(
     weight = random(kernel_batch, outputs, channels, *kernel_size)
     bias = random(kernel_batch, outputs)
     return in_layout(random, size, layout), weight, bias
-
-
-@pytest.fixture(params=TARGETS)
-def device(request):
-    backend, device = request.param
-    with operator_checks.target(NAME, backend):
-        yield device
 
 
 GEOMETRIES = {  # size, output channels, kernel, keyword arguments

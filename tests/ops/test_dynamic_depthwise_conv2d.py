@@ -11,7 +11,7 @@ from torch import Tensor
 
 import vfmk
 from tests import operator_checks
-from tests.operator_checks import TARGETS, Call
+from tests.operator_checks import Call
 
 NAME = "dynamic_depthwise_conv2d"
 # Sums of up to 49 products (forward) and of a plane's 4,096 (weight gradient) in fp32.
@@ -69,13 +69,6 @@ def arguments(
     weight = random(kernel_batch, channels, *kernel_size)
     bias = random(kernel_batch, channels)
     return in_layout(random, size, layout), weight, bias
-
-
-@pytest.fixture(params=TARGETS)
-def device(request):
-    backend, device = request.param
-    with operator_checks.target(NAME, backend):
-        yield device
 
 
 LAYOUTS = ("contiguous", "channels_last", "rows_of_wider", "channels_of_wider", "neither")

@@ -8,7 +8,7 @@ from torch import Tensor
 
 import vfmk
 from tests import operator_checks
-from tests.operator_checks import TARGETS, Call
+from tests.operator_checks import Call
 from vfmk.reference.rel_pos_attention import resized_tables
 
 NAME = "rel_pos_attention"
@@ -45,13 +45,6 @@ def arguments(
         qkv = [random(batch, heads, tokens, width) for _ in range(3)]
     lengths = tables or (2 * height - 1, 2 * columns - 1)
     return (*qkv, *(random(length, width) for length in lengths))
-
-
-@pytest.fixture(params=TARGETS)
-def device(request):
-    backend, device = request.param
-    with operator_checks.target(NAME, backend):
-        yield device
 
 
 GRIDS = {

@@ -8,7 +8,7 @@ from torch import Tensor
 
 import vfmk
 from tests import operator_checks
-from tests.operator_checks import TARGETS, Call
+from tests.operator_checks import Call
 from vfmk.reference.rel_pos_attention import resized_tables
 
 NAME = "window_rel_pos_attention"
@@ -39,13 +39,6 @@ def arguments(
         (2 * columns - 1, width),
     )
     return tuple(torch.randn(s, generator=generator).to(device, dtype) for s in shapes)
-
-
-@pytest.fixture(params=TARGETS)
-def device(request):
-    backend, device = request.param
-    with operator_checks.target(NAME, backend):
-        yield device
 
 
 GRIDS = {

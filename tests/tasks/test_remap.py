@@ -27,6 +27,7 @@ def test_scores_are_the_models_without_and_with_the_map(tmp_path, counted):
     assert score.frozen == pytest.approx(expected.model)
     assert score.frozen_tuned_threshold == pytest.approx(expected.model_tuned_threshold)
     assert score.disc == pytest.approx(expected.disc)
+    assert (score.threshold, score.radius) == (expected.threshold, expected.radius)
     channels.apply(sam, MAP)
     remapped = [predict_logits(sam, sample) > 0 for sample in test]
     assert score.remapped == pytest.approx(mean_iou(remapped, test))
@@ -44,6 +45,7 @@ def test_the_test_split_is_looked_at_once(tmp_path, counted):
     report = (tmp_path / "report.md").read_text()
     for text in (
         "on the search samples",
+        "on the samples that it was chosen on",
         "on 2 test samples",
         "its threshold tuned on the search samples",
         "95 % of bootstrap samples",

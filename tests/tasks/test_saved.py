@@ -38,7 +38,8 @@ def randomise(task: Task) -> Task:
 
 def built(name: str, adapter: str = "decoder", **options) -> Task:
     torch.manual_seed(0)
-    config = ModelConfig(name, adapter=adapter, rank=4, **options)
+    rank = {"rank": 4} if adapter in ("vfm", "lora") else {}
+    config = ModelConfig(name, adapter=adapter, **rank, **options)
     return randomise(build_task(config, classes(name)))
 
 

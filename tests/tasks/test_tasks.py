@@ -107,7 +107,7 @@ def test_gradient_checkpointing_computes_blocks_twice_and_the_same(adapter):
     gradients, calls = [], []
     for is_on in (False, True):
         torch.manual_seed(0)
-        config = ModelConfig("semantic", adapter=adapter, rank=8, gradient_checkpointing=is_on)
+        config = ModelConfig("semantic", adapter=adapter, gradient_checkpointing=is_on)
         task = build_task(config, list(CLASSES)).train()
         count = len(task.sam.image_encoder.blocks)
         for block in task.sam.image_encoder.blocks:
@@ -130,6 +130,8 @@ def test_gradient_checkpointing_computes_blocks_twice_and_the_same(adapter):
         ({"adapter": "decoder", "dropout": 7}, r"dropout must be in \[0, 1\), got 7"),
         ({"adapter": "lora", "dropout": 1}, r"dropout must be in \[0, 1\), got 1"),
         ({"adapter": "full", "modules_to_save": ("mask_decoder",)}, "not with full"),
+        ({"adapter": "full", "rank": 4}, "rank goes with the adapters vfm and lora, not with full"),
+        ({"adapter": "decoder", "dropout": 0}, "dropout goes with .* not with decoder"),
         ({"vfm": {"rank": 4}}, "vfm must have fields among kernel_size, .*, got rank"),
         ({"adapter": "lora", "vfm": {"conv": "dense"}}, "conv must go with adapter 'vfm'"),
     ],

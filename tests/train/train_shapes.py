@@ -32,9 +32,10 @@ def assert_same_tree(a: Any, b: Any) -> None:
         assert a == b
 
 
-def build(task: str, adapter: str = "vfm", dropout: float = 0.1, **options: Any) -> Task:
+def build(task: str, adapter: str = "vfm", **options: Any) -> Task:
     torch.manual_seed(0)
-    config = ModelConfig(task, adapter=adapter, rank=8, dropout=dropout, **options)
+    rank = {"rank": 8} if adapter in ("vfm", "lora") else {}
+    config = ModelConfig(task, adapter=adapter, **rank, **options)
     return build_task(config, Shapes(task, 0).classes)
 
 

@@ -25,7 +25,7 @@ class ChannelMap:
         num_channels: C, of the features.
 
     Raises:
-        TypeError: pairs that are not pairs of ints.
+        TypeError: pairs that are not pairs of ints, or num_channels that is no int.
         ValueError: a channel outside [0, C), overwritten by itself, or overwritten twice.
 
     Source: Redundancy Elimination for Vision Foundation Models (AAAI 2026, arXiv 2504.08915).
@@ -35,6 +35,8 @@ class ChannelMap:
     num_channels: int
 
     def __post_init__(self) -> None:
+        if not isinstance(self.num_channels, int):
+            raise TypeError(f"ChannelMap: num_channels must be an int, got {self.num_channels!r}")
         pairs = tuple(_checked_pair(pair) for pair in self.pairs)
         object.__setattr__(self, "pairs", pairs)
         seen: dict[int, int] = {}
@@ -85,9 +87,9 @@ class ChannelMap:
             FileNotFoundError: no such file.
             ValueError: naming the file and what is wrong with it.
         """
-        text = Path(path).read_text()
+        document = Path(path).read_bytes()
         try:
-            content = json.loads(text)
+            content = json.loads(document)
             return cls(content["pairs"], content.get("num_channels", SAM_CHANNELS))
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"ChannelMap.load: {path} is no channel map: {error}") from error

@@ -27,7 +27,7 @@ from vfmk.channels.scorers import FeatureScorer, SamScorer, Scorer
 from vfmk.channels.scoring import Scoring, agreed, rank
 from vfmk.channels.screening import Group, Place, explore
 from vfmk.sam.adapt import AdaptedSam
-from vfmk.sam.base import image_encoder_of, unwrapped
+from vfmk.sam.base import unwrapped
 
 if TYPE_CHECKING:
     from segment_anything.modeling import Sam
@@ -142,6 +142,7 @@ def search(
             return -(depth_head(features[:, 1:])[..., 0] - sample.depth).square().mean(1)
     """
     _check_arguments(model, samples, top_n, strategy, keep, audit)
+    _check_unmapped(model)
     path, run = None, {}
     if output and rank() == 0:
         path = Path(output)
@@ -332,9 +333,7 @@ def _check_arguments(
 
 
 def _sam_of(model: Any) -> "Sam":
-    from segment_anything.modeling import ImageEncoderViT, Sam
-
-    from vfmk.sam import neck
+    from segment_anything.modeling import Sam
 
     sam = unwrapped(model.sam if isinstance(model, AdaptedSam) else model)
     if not isinstance(sam, Sam):
@@ -342,10 +341,13 @@ def _sam_of(model: Any) -> "Sam":
             "search: without a score_fn, model must be a Sam or an AdaptedSam,"
             f" got {type(model).__name__}"
         )
-    encoder = image_encoder_of(sam)
-    if isinstance(encoder, ImageEncoderViT) and neck.channel_pairs(encoder) is not None:
-        raise ValueError("search: the model has a channel map; remove it first")
     return sam
+
+
+def _check_unmapped(model: Any) -> None:
+    # Told by its buffer's name: segment_anything need not be installed for another encoder.
+    if any(hasattr(module, "channel_pairs") for module in modules_of(model)):
+        raise ValueError("search: the model has a channel map; remove it first")
 
 
 @contextmanager

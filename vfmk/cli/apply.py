@@ -4,12 +4,10 @@ import json
 from pathlib import Path
 from typing import Annotated
 
-from rich.console import Console
-from rich.markdown import Markdown
 from typer import Option
 
 from vfmk.cli.model import load_model
-from vfmk.cli.progress import plain_errors
+from vfmk.cli.progress import plain_errors, print_report, terminal
 from vfmk.cli.samples import searched_and_test
 
 
@@ -19,12 +17,12 @@ def apply(
         Path, Option(help="what the map was searched on: the controls are tuned there")
     ],
     out: Annotated[Path, Option(help="folder for the report")],
-    search_split: Annotated[str | None, Option(help="of a manifest, searched on")] = None,
+    search_split: Annotated[str | None, Option(help="of the search data")] = None,
     limit: Annotated[int, Option(min=1, help="samples that the map was searched on")] = 50,
     data: Annotated[
         Path | None, Option(help="to evaluate on; default: the search data beyond LIMIT")
     ] = None,
-    split: Annotated[str | None, Option(help="of a manifest, to evaluate on")] = None,
+    split: Annotated[str | None, Option(help="of the data, to evaluate on")] = None,
     model: Annotated[str, Option(help="tiny, vit_b, vit_l or vit_h")] = "tiny",
     checkpoint: Annotated[Path | None, Option(help="of the model")] = None,
     adapter: Annotated[Path | None, Option(help="folder of a saved VFM-Adapter")] = None,
@@ -38,7 +36,7 @@ def apply(
         check_backend(map, model)
         searched, test = searched_and_test(search_data, search_split, limit, data, split)
         run_apply(load_model(model, checkpoint, adapter), channel_map, searched, test, out)
-    Console().print(Markdown((out / "report.md").read_text()))
+    print_report(out)
 
 
 def check_backend(map: Path, model: str) -> None:
@@ -56,7 +54,7 @@ def check_backend(map: Path, model: str) -> None:
             f"{map} is a map for {backend!r}, the model is {model!r}: choose it by --model"
         )
     if not named:
-        Console(stderr=True).print(
+        terminal(stderr=True).print(
             f"vfmk apply: {map} does not say for which of {', '.join(MODELS)} it is"
             f" (backend {backend!r}); taken to be for {model!r}"
         )

@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.markdown import Markdown
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from vfmk.cli.progress import print_report
 
 
 def demo(
@@ -33,6 +33,4 @@ def demo(
             raise SystemExit(f"vfmk demo: {error}; it needs: pip install vfmk[demo]") from None
         except (OSError, ValueError, FloatingPointError) as error:
             raise SystemExit(f"vfmk demo: {error}") from None
-    console = Console()
-    console.print(Markdown((output / "report.md").read_text()))
-    console.print(f"\nreport and pictures: {output}")
+    print_report(output)

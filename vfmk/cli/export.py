@@ -24,8 +24,8 @@ def export(
     console = terminal()
     console.print(f"{folder / PROGRAM}: within {result.program_error:.1e} of the eager encoder")
     if result.onnx_error is None:
-        console.print(f"no ONNX file: {result.onnx_impossible}", markup=False)
+        console.print(f"no ONNX file: {result.onnx_impossible}")
     else:
         console.print(f"{folder / ONNX}: within {result.onnx_error:.1e}")
     if result.grid_impossible:
-        console.print(f"no picture grid: {result.grid_impossible}", markup=False)
+        console.print(f"no picture grid: {result.grid_impossible}")

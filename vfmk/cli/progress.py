@@ -3,22 +3,33 @@
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 from rich.console import Console
+from rich.markdown import Markdown
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 
-def terminal() -> Console:
-    """Of several processes that torchrun started, the first alone speaks."""
-    return Console(quiet=os.environ.get("RANK", "0") != "0")
+def terminal(stderr: bool = False) -> Console:
+    """Of several processes that torchrun started, the first alone speaks. Paths and messages are
+    shown as they are, whatever brackets they have."""
+    return Console(stderr=stderr, quiet=os.environ.get("RANK", "0") != "0", markup=False)
+
+
+def print_report(out: Path) -> None:
+    """The report.md in a folder, and where it is."""
+    console = terminal()
+    if not console.quiet:
+        console.print(Markdown((out / "report.md").read_text()))
+        console.print(f"\nreport and pictures: {out}")
 
 
 def list_skipped(reasons: Sequence[str]) -> None:
     """On stderr, what --skip-bad left out."""
-    console = Console(stderr=True, quiet=terminal().quiet)
+    console = terminal(stderr=True)
     console.print(f"left out {len(reasons)} of the records:")
     for reason in reasons:
-        console.print(f"  {reason}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"  {reason}", highlight=False, soft_wrap=True)
 
 
 @contextmanager

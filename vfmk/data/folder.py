@@ -203,21 +203,25 @@ def load_samples(
     Args:
         path: a folder, or a manifest (`.jsonl`).
         limit: so many at most, the first ones.
-        split: of a manifest; by default all its lines.
+        split: of a manifest its lines, by default all; of a folder the sub-folder.
 
     Raises:
-        FileNotFoundError: no such folder or manifest.
+        FileNotFoundError: no such folder, sub-folder or manifest.
         DataError: no image in it; naming the file that is missing, unreadable, or does not fit its
             image, or the manifest's line; a mask that is empty or has several objects; a point
             outside the image, or labelled as on the object and off it.
     """
     source = Path(path)
+    if split is not None and source.is_dir():
+        source /= split
     if not source.exists():
         raise FileNotFoundError(f"load_samples: {source} does not exist")
     if source.is_dir():
         pairs = pairs_of_folder(source, None)
     else:
         pairs = pairs_of_manifest(source, split, None, mixed=True)
+    if not pairs:
+        raise DataError(f"{source} lists no image")
     return [sample for _, sample in in_threads(_sample, pairs[:limit], "reading samples", None)]
 
 

@@ -32,8 +32,8 @@ class ModelConfig:
         adapter: "vfm" and "lora" train adapters in the encoder and the task's head, "decoder" the
             head alone, "full" everything. The promptable task's head is SAM's mask decoder, which
             "vfm" and "lora" leave as it is unless `modules_to_save` names it.
-        rank: of adapters.
-        dropout: in adapters.
+        rank: of "vfm" and "lora".
+        dropout: in "vfm" and "lora".
         modules_to_save: submodules of the Sam that "vfm" and "lora" train too, none of them within
             the encoder's blocks: by dotted name or the end of it, such as "neck".
         vfm: further fields of `vfmk.VFMAdapterConfig` for "vfm", by name.
@@ -63,11 +63,13 @@ class ModelConfig:
         if not 0 <= self.dropout < 1:
             raise ValueError(f"ModelConfig: dropout must be in [0, 1), got {self.dropout}")
         object.__setattr__(self, "modules_to_save", tuple(self.modules_to_save))
-        if self.modules_to_save and self.adapter in ("decoder", "full"):
-            raise ValueError(
-                f"ModelConfig: modules_to_save goes with the adapters vfm and lora,"
-                f" not with {self.adapter}"
-            )
+        for name in ("rank", "dropout", "modules_to_save"):
+            is_given = getattr(self, name) != getattr(ModelConfig, name)
+            if is_given and self.adapter in ("decoder", "full"):
+                raise ValueError(
+                    f"ModelConfig: {name} goes with the adapters vfm and lora,"
+                    f" not with {self.adapter}"
+                )
         if self.gradient_checkpointing and self.adapter == "decoder":
             raise ValueError(
                 "ModelConfig: gradient_checkpointing is of the encoder, which adapter 'decoder'"

@@ -1,5 +1,6 @@
 """What people would rather look at than read."""
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vfmk._files import write_whole
 from vfmk.data.sample import Sample
 from vfmk.tasks.controls import binary_iou
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
+from matplotlib.figure import Figure
 
 
 def draw_grid(
@@ -22,7 +25,7 @@ def draw_grid(
     before: Sequence[np.ndarray],
     after: Sequence[np.ndarray],
 ) -> None:
-    """A row for each sample: image with its point, truth, mask before, mask after."""
+    """A row for each sample: image with its points, truth, mask before, mask after."""
     figure, rows = pyplot.subplots(
         len(samples), 4, figsize=(8, 2.1 * len(samples)), squeeze=False, layout="constrained"
     )
@@ -37,9 +40,10 @@ def draw_grid(
             axes.imshow(sample.image if mask is None else _overlaid(sample.image, mask))
             axes.set_title(title, fontsize=8)
             axes.set_axis_off()
-        row[0].plot(*sample.points[0], marker="*", color="lime", markeredgecolor="black")
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+        for point, label in zip(sample.points, sample.labels, strict=True):
+            colour = "lime" if label else "red"
+            row[0].plot(*point, marker="*", color=colour, markeredgecolor="black")
+    _save(figure, path)
 
 
 def draw_predictions(
@@ -56,8 +60,7 @@ def draw_predictions(
             axes.imshow(_coloured(torch.as_tensor(image), result, classes).permute(1, 2, 0).numpy())
             axes.set_title(title, fontsize=8)
             axes.set_axis_off()
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    _save(figure, path)
 
 
 def draw_loss(path: Path, losses: Sequence[float]) -> None:
@@ -70,8 +73,7 @@ def draw_loss(path: Path, losses: Sequence[float]) -> None:
     axes.set_xlabel("step")
     axes.set_ylabel("loss")
     axes.legend()
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    _save(figure, path)
 
 
 def _overlaid(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -89,8 +91,7 @@ def draw_gains(path: Path, gains: np.ndarray) -> None:
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_xlabel("gain in IoU")
     axes.set_ylabel("pairs of channels")
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    _save(figure, path)
 
 
 def draw_heat_map(path: Path, gains: np.ndarray) -> None:
@@ -102,8 +103,14 @@ def draw_heat_map(path: Path, gains: np.ndarray) -> None:
     axes.set_xlabel("channel read")
     axes.set_ylabel("channel overwritten")
     figure.colorbar(image, label="gain in IoU")
-    figure.savefig(path, dpi=150)
+    _save(figure, path, dpi=200)
+
+
+def _save(figure: Figure, path: Path, dpi: int = 110) -> None:
+    png = io.BytesIO()
+    figure.savefig(png, dpi=dpi)
     pyplot.close(figure)
+    write_whole(path, png.getvalue())
 
 
 def _coloured(image: Tensor, result: dict[str, Any], classes: Sequence[str]) -> Tensor:

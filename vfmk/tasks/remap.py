@@ -21,6 +21,7 @@ from vfmk.tasks.controls import binary_iou, disc, tuned_controls
 if TYPE_CHECKING:
     from segment_anything.modeling import Sam
 
+SCORES = "scores.jsonl"
 PICTURES = 8
 BOOTSTRAPS = 2000
 NO_TEST = """
@@ -36,8 +37,10 @@ class TestScore:
     Attributes:
         frozen, remapped: without and with the map.
         gain_interval: of remapped − frozen, 95 % of bootstrap samples of the test images.
-        frozen_tuned_threshold: without the map, the mask threshold tuned on the search samples.
-        disc: a plain disc around the point, its radius tuned on the search samples.
+        frozen_tuned_threshold: without the map, the mask at `threshold`.
+        disc: a plain disc around the point, of `radius`.
+        threshold, radius: of the logits, and as a share of the longer side; what suits the search
+            samples best.
     """
 
     samples: int
@@ -46,6 +49,8 @@ class TestScore:
     gain_interval: tuple[float, float]
     frozen_tuned_threshold: float
     disc: float
+    threshold: float
+    radius: float
 
 
 def run_search(
@@ -65,10 +70,13 @@ def run_search(
     Args:
         facts: written into map.json, as "dataset" and "backend" of the authors' files.
         options: of `vfmk.channels.search`.
+
+    Raises:
+        ValueError: an image is searched and tested on; as `vfmk.channels.search`.
     """
     _check_apart(search_samples, test_samples)
     output.mkdir(parents=True, exist_ok=True)
-    result = channels.search(sam, search_samples, output=output / "scores.jsonl", **options)
+    result = channels.search(sam, search_samples, output=output / SCORES, **options)
     if torch.distributed.is_initialized() and torch.distributed.get_rank() > 0:
         return
     result.best.save(
@@ -106,10 +114,26 @@ def run_apply(
     test_samples: Sequence[Sample],
     output: Path,
 ) -> None:
-    """Evaluate a map, and write metrics.json, report.md and grid.png into `output`."""
+    """Evaluate a map, and write metrics.json, report.md and grid.png into `output`.
+
+    Raises:
+        FileExistsError: `output` is the folder of a search, which has a report of its own.
+        ValueError: no test samples, or one whose image is searched on; the map is for another
+            number of channels.
+    """
     if not test_samples:
-        raise ValueError("apply: there are no samples to evaluate on")
+        raise ValueError(
+            f"apply: there are no samples to evaluate on beyond the {len(search_samples)} searched"
+            " on; name others by --data"
+        )
     _check_apart(search_samples, test_samples)
+    embedded = sam.prompt_encoder.embed_dim
+    if map.num_channels != embedded:
+        raise ValueError(
+            f"apply: the map is for {map.num_channels} channels, the embedding has {embedded}"
+        )
+    if (output / SCORES).exists():
+        raise FileExistsError(f"apply: {output} holds a search; choose another folder by --out")
     output.mkdir(parents=True, exist_ok=True)
     test = _evaluate(sam, map, search_samples, test_samples, output)
     metrics = {"pairs": map.pairs, "test": asdict(test)}
@@ -121,13 +145,13 @@ def run_apply(
 
 
 def _check_apart(search_samples: Sequence[Sample], test_samples: Sequence[Sample]) -> None:
-    """A score on images that the map was chosen on would flatter it."""
-    searched = {digest_of_samples([sample]) for sample in search_samples}
-    both = [sample.id for sample in test_samples if digest_of_samples([sample]) in searched]
+    """A score on images that the map was chosen on would flatter it, whatever their names."""
+    searched = {digest_of_samples([sample.image]) for sample in search_samples}
+    both = [s.id for s in test_samples if digest_of_samples([s.image]) in searched]
     if both:
         raise ValueError(
-            f"{len(both)} of {len(test_samples)} test samples are searched on too, such as"
-            f" {both[0]!r}; test on others"
+            f"the images of {len(both)} of {len(test_samples)} test samples are searched on too,"
+            f" such as {both[0]!r}; test on others"
         )
 
 
@@ -138,16 +162,7 @@ def _evaluate(
     test_samples: Sequence[Sample],
     output: Path,
 ) -> TestScore:
-    """Scores without and with the map, and their picture. Each test image is encoded once.
-
-    Raises:
-        ValueError: the map is for another number of channels.
-    """
-    embedded = sam.prompt_encoder.embed_dim
-    if map.num_channels != embedded:
-        raise ValueError(
-            f"the map is for {map.num_channels} channels, the embedding has {embedded}"
-        )
+    """Scores without and with the map, and their picture. Each test image is encoded once."""
     threshold, radius = tuned_controls(sam, search_samples)
     masks: list[tuple[np.ndarray, np.ndarray]] = []  # before and after, of those shown
     scores = []
@@ -173,6 +188,8 @@ def _evaluate(
         gain_interval=_bootstrap_interval(by_mask[1] - by_mask[0]),
         frozen_tuned_threshold=tuned_mean,
         disc=disc_mean,
+        threshold=threshold,
+        radius=radius,
     )
 
 
@@ -214,6 +231,8 @@ Overwritten by read: {_listed(result.best.pairs)}
 |---|---|
 | frozen model | {result.baseline:.4f} |
 | **channels overwritten** | **{result.best_score:.4f}** |
+
+Gain {result.best_score - result.baseline:+.4f}, on the samples that it was chosen on.
 {audit}
 ![gain of each pair](gains.png)
 
@@ -234,9 +253,10 @@ def _test_report(test: TestScore) -> str:
     return f"""
 | on {test.samples} test samples | IoU |
 |---|---|
-| a plain disc, its radius tuned on the search samples | {test.disc:.4f} |
+| a plain disc, its radius tuned on the search samples ({test.radius:.2f}) | {test.disc:.4f} |
 | frozen model | {test.frozen:.4f} |
-| frozen model, its threshold tuned on the search samples | {test.frozen_tuned_threshold:.4f} |
+| frozen model, its threshold tuned on the search samples ({test.threshold:.2f}) \
+| {test.frozen_tuned_threshold:.4f} |
 | **channels overwritten** | **{test.remapped:.4f}** |
 
 Gain {test.remapped - test.frozen:+.4f}; 95 % of bootstrap samples of the test images give between

@@ -102,6 +102,7 @@ def train(
             register_fsdp_forward_method(task, "predict")
         parameters = trainable(task)
         ema = moving_average(parameters, config.ema)
+        trained = resuming.Trained(parameters, optimizer, ema, accelerator)
         random_state = None
         if state is None:
             from accelerate.utils import set_seed
@@ -110,7 +111,7 @@ def train(
             before = evaluate(task, evaluation, accelerator, config)
             state = {"fixed": fixed, "step": 0, "before": before, "last": before, "best": None}
         else:
-            resuming.restore(state, parameters, accelerator, optimizer, ema)
+            trained.restore(state)
             random_state = state["random"][accelerator.process_index]
         start = state["step"]
         batches = iter(_loader(training, config, accelerator, start, steps))
@@ -147,7 +148,7 @@ def train(
                     log.write(step=step, evaluation=state["last"])
                 if is_evaluated or done % config.checkpoint_every == 0:
                     state["step"] = done
-                    resuming.save(out, state, parameters, accelerator, optimizer, ema)
+                    trained.save(out, state)
     return TrainResult(
         state["before"], state["last"], state["best"]["scores"], state["best"]["step"], steps
     )

@@ -82,50 +82,47 @@ def state_in(
     return from_first(accelerator, read)
 
 
-def restore(
-    state: Mapping[str, Any],
-    parameters: Mapping[str, nn.Parameter],
-    accelerator: "Accelerator",
-    optimizer: Any,
-    ema: AveragedModel | None,
-) -> None:
-    """All but the generators, which are for the last moment: `checkpoint.set_random_state`."""
-    checkpoint.load_weights(parameters, state["weights"])
-    moments = {
-        index: {name: shared_out(moment, parameter) for name, moment in of_one.items()}
-        for (index, of_one), parameter in zip(
-            state["optimizer"]["state"].items(), parameters.values(), strict=True
-        )
-    }
-    optimizer.load_state_dict({**state["optimizer"], "state": moments})
-    if accelerator.scaler is not None:
-        accelerator.scaler.load_state_dict(state["scaler"])
-    if ema is not None:
-        now = ema.state_dict()
-        ema.load_state_dict({key: shared_out(mean, now[key]) for key, mean in state["ema"].items()})
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """What steps change, which last.pt must hold."""
 
+    parameters: Mapping[str, nn.Parameter]
+    optimizer: Any
+    ema: AveragedModel | None
+    accelerator: "Accelerator"
 
-def save(
-    out: Path,
-    state: Mapping[str, Any],
-    parameters: Mapping[str, nn.Parameter],
-    accelerator: "Accelerator",
-    optimizer: Any,
-    ema: AveragedModel | None,
-) -> None:
-    """`state` and all that `restore` and `set_random_state` need, into last.pt."""
-    from accelerate.utils import gather_object
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """All but the generators, which are for the last moment: `checkpoint.set_random_state`."""
+        checkpoint.load_weights(self.parameters, state["weights"])
+        moments = {
+            index: {name: shared_out(moment, parameter) for name, moment in of_one.items()}
+            for (index, of_one), parameter in zip(
+                state["optimizer"]["state"].items(), self.parameters.values(), strict=True
+            )
+        }
+        self.optimizer.load_state_dict({**state["optimizer"], "state": moments})
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        if self.ema is not None:
+            now = self.ema.state_dict()
+            means = {key: shared_out(mean, now[key]) for key, mean in state["ema"].items()}
+            self.ema.load_state_dict(means)
 
-    scaler = accelerator.scaler
-    whole_state = {
-        **state,
-        "weights": checkpoint.trained_weights(parameters),
-        "optimizer": whole_tree(optimizer.state_dict()),
-        "scaler": None if scaler is None else scaler.state_dict(),
-        "ema": None if ema is None else whole_tree(ema.state_dict()),
-        "random": gather_object([checkpoint.random_state(accelerator.device)]),
-    }
-    from_first(accelerator, lambda: checkpoint.save_checkpoint(out / checkpoint.LAST, whole_state))
+    def save(self, out: Path, state: Mapping[str, Any]) -> None:
+        """`state` and all that `restore` and `set_random_state` need, into last.pt."""
+        from accelerate.utils import gather_object
+
+        scaler = self.accelerator.scaler
+        whole = {
+            **state,
+            "weights": checkpoint.trained_weights(self.parameters),
+            "optimizer": whole_tree(self.optimizer.state_dict()),
+            "scaler": None if scaler is None else scaler.state_dict(),
+            "ema": None if self.ema is None else whole_tree(self.ema.state_dict()),
+            "random": gather_object([checkpoint.random_state(self.accelerator.device)]),
+        }
+        last = out / checkpoint.LAST
+        from_first(self.accelerator, lambda: checkpoint.save_checkpoint(last, whole))
 
 
 def _differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""What is compiled once for a test run, whichever worker of pytest-xdist needs it first."""
+"""What is built once for a test run, whichever worker of pytest-xdist needs it first."""
 
 import fcntl
 import os
@@ -12,7 +12,7 @@ Built = Callable[[str, Callable[[Path], None]], Path]
 
 @pytest.fixture(scope="session")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
-    """built(name, make): the file of that name, which make(path) writes unless it is there."""
+    """built(name, make): what is of that name, which make(path) writes unless it is there."""
     base = tmp_path_factory.getbasetemp()
     folder = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
