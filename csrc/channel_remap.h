@@ -10,12 +10,9 @@
 #include <cstdint>
 
 #include "dtype.h"
+#include "strides.h"
 
 namespace vfmk::channel_remap {
-
-struct Strides {  // in elements
-  int64_t batch, channel, row, column;
-};
 
 struct Problem {
   DType dtype;         // of activations, scale and gradients; sums are fp32
