@@ -41,11 +41,4 @@ struct Backward {
   float* workspace;  // backward_workspace_floats(problem) of them, uninitialised
 };
 
-namespace cpu {
-int64_t forward_workspace_floats(const Problem& problem);
-int64_t backward_workspace_floats(const Problem& problem);
-void forward(const Problem& problem, const Forward& arguments);
-void backward(const Problem& problem, const Backward& arguments);
-}  // namespace cpu
-
 }  // namespace vfmk::adapter_attention

@@ -10,12 +10,9 @@
 #include <cstdint>
 
 #include "dtype.h"
+#include "strides.h"
 
 namespace vfmk::channel_remap {
-
-struct Strides {  // in elements
-  int64_t batch, channel, row, column;
-};
 
 struct Problem {
   DType dtype;         // of activations, scale and gradients; sums are fp32
@@ -31,8 +28,8 @@ struct Problem {
 
 struct Forward {
   const void* input;
-  const int64_t* index;
-  const void* scale;  // null: 1
+  const int64_t* index;  // on the CPU each in [0, input_channels)
+  const void* scale;     // null: 1
   void* output;
 };
 
@@ -46,12 +43,6 @@ struct Backward {
   void* grad_scale;
   void* workspace;  // workspace_words(problem) of 4 bytes, uninitialised
 };
-
-namespace cpu {  // every index lies in [0, input_channels)
-int64_t workspace_words(const Problem& problem);
-void forward(const Problem& problem, const Forward& arguments);
-void backward(const Problem& problem, const Backward& arguments);
-}  // namespace cpu
 
 namespace cuda {  // an index outside [0, input_channels) reads NaN
 int64_t workspace_words(const Problem& problem);

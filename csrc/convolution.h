@@ -5,12 +5,9 @@
 #include <cstdint>
 
 #include "dtype.h"
+#include "strides.h"
 
 namespace vfmk::convolution {
-
-struct Strides {  // in elements
-  int64_t batch, channel, row, column;
-};
 
 struct Problem {
   DType dtype;         // of every activation, weight, bias and gradient; sums are fp32

@@ -12,13 +12,5 @@ namespace vfmk::dynamic_conv2d {
 
 using convolution::Backward;
 using convolution::Problem;
-using convolution::Strides;
-
-namespace cpu {
-int64_t workspace_floats(const Problem& problem);
-void forward(const Problem& problem, const void* input, const void* weight, const void* bias,
-             void* output);
-void backward(const Problem& problem, const Backward& arguments);
-}  // namespace cpu
 
 }  // namespace vfmk::dynamic_conv2d

@@ -27,9 +27,4 @@ struct Arguments {
   void* workspace;        // workspace_bytes(problem) of them, 64-byte aligned, uninitialised
 };
 
-namespace cpu {
-int64_t workspace_bytes(const Problem& problem);
-void forward(const Problem& problem, const Arguments& arguments);
-}  // namespace cpu
-
 }  // namespace vfmk::mask_iou

@@ -46,6 +46,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vfmk.kernels._strides import strides_of
+
 __all__ = ["backward", "forward", "not_supported"]
 
 _LOG2E = tl.constexpr(1 / math.log(2))
@@ -342,15 +344,6 @@ def _tile(kernel: str, input: Tensor, planes: int) -> _Tile:
     return tile
 
 
-def _strides(input: Tensor) -> tuple[int, int]:
-    """Of batch and tokens; 0 where there is one and its stride has no use."""
-    batch, token = (
-        stride if size > 1 else 0
-        for size, stride in zip(input.shape[:2], input.stride()[:2], strict=True)
-    )
-    return batch, token
-
-
 def not_supported(input: Tensor, num_heads: int) -> str:
     """Why input [B, N, r] cannot run here, or ""."""
     batch, tokens, rank = input.shape
@@ -361,8 +354,8 @@ def not_supported(input: Tensor, num_heads: int) -> str:
     if max(batch, num_heads) >= 2**16:
         return f"a batch of {batch} with {num_heads} heads is too large for one grid"
     # Offsets within a batch item have 32 bits.
-    if tokens * max(_strides(input)[1], num_heads * _padded(rank)) >= 2**31:
-        return f"{tokens} tokens, {_strides(input)[1]} elements apart, are too many"
+    if tokens * max(strides_of(input, dimensions=2)[1], num_heads * _padded(rank)) >= 2**31:
+        return f"{tokens} tokens, {strides_of(input, dimensions=2)[1]} elements apart, are too many"
     return ""
 
 
@@ -384,7 +377,7 @@ def forward(
     with torch.cuda.device_of(input):
         _forward[triton.cdiv(tokens, tile.own), num_heads, batch](
             *(input, qkv_weight, qkv_bias, output, log_sum_exp),
-            *(*_strides(input), tokens, num_heads, scale),
+            *(*strides_of(input, dimensions=2), tokens, num_heads, scale),
             HEAD_WIDTH=rank // num_heads,
             D=_padded(rank // num_heads),
             MASKED=tokens % tile.walked != 0,
@@ -428,7 +421,7 @@ def backward(
         _backward_queries[tiles, num_heads, batch](
             *(grad_output, input, qkv_weight, qkv_bias, output, log_sum_exp),
             *(folded_queries, grad_means, shifts, deltas, grad_query, weight_parts, bias_parts),
-            *(*_strides(input), tokens, num_heads, scale),
+            *(*strides_of(input, dimensions=2), tokens, num_heads, scale),
             HEAD_WIDTH=rank // num_heads,
             D=_padded(rank // num_heads),
             MASKED=tokens % tile.walked != 0,
@@ -441,7 +434,8 @@ def backward(
             tile = _tile("backward_keys", input, batch)
             _backward_keys[triton.cdiv(tokens, tile.own), batch](
                 *(input, qkv_weight, folded_queries, grad_means, shifts, deltas),
-                *(grad_query, grad_input, *_strides(input), tokens, num_heads * tokens),
+                *(grad_query, grad_input),
+                *(*strides_of(input, dimensions=2), tokens, num_heads * tokens),
                 **_options(input, tile),
             )
 

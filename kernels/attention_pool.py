@@ -31,6 +31,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vfmk.kernels._strides import strides_of
+
 __all__ = ["backward", "forward", "not_supported"]
 
 _LOG2E = tl.constexpr(1 / math.log(2))
@@ -204,15 +206,6 @@ def _cut(tokens: Tensor, queries: Tensor) -> _Cut:
     return _Cut(triton.cdiv(count, length), length, options)
 
 
-def _strides(tokens: Tensor) -> tuple[int, int]:
-    """Of batch and tokens; 0 where there is one and its stride has no use."""
-    batch, token = (
-        stride if size > 1 else 0
-        for size, stride in zip(tokens.shape[:2], tokens.stride()[:2], strict=True)
-    )
-    return batch, token
-
-
 def not_supported(tokens: Tensor, queries: Tensor) -> str:
     """Why tokens [B, N, D] and queries [M, D] cannot run here, or ""."""
     batch, count, width = tokens.shape
@@ -225,8 +218,8 @@ def not_supported(tokens: Tensor, queries: Tensor) -> str:
     if batch >= 2**16:
         return f"a batch of {batch} is too large for one grid"
     # Offsets within a batch item have 32 bits.
-    if count * max(_strides(tokens)[1], width) >= 2**31:
-        return f"{count} tokens, {_strides(tokens)[1]} elements apart, are too many"
+    if count * max(strides_of(tokens, dimensions=2)[1], width) >= 2**31:
+        return f"{count} tokens, {strides_of(tokens, dimensions=2)[1]} elements apart, are too many"
     return ""
 
 
@@ -248,7 +241,7 @@ def forward(
     with torch.cuda.device_of(tokens):
         _forward[cut.parts, batch](
             *(tokens, queries, means, exponents),
-            *(*_strides(tokens), count, cut.length, queries_count, scale),
+            *(*strides_of(tokens, dimensions=2), count, cut.length, queries_count, scale),
             **cut.options,
         )
         if cut.parts > 1:
@@ -285,7 +278,7 @@ def backward(
     with torch.cuda.device_of(tokens):
         _backward[cut.parts, batch](
             *(grad_output, tokens, queries, output, log_sum_exp, grad_tokens, query_sums),
-            *(*_strides(tokens), count, cut.length, queries_count, scale),
+            *(*strides_of(tokens, dimensions=2), count, cut.length, queries_count, scale),
             **cut.options,
         )
         if grad_queries is not None and query_sums is not None:

@@ -37,6 +37,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vfmk.kernels._strides import strides_of
+
 __all__ = ["backward", "forward", "not_supported"]
 
 _RUNTIME = [  # sizes and offsets: a new value asks for no new compilation
@@ -186,14 +188,6 @@ def _block(size: int, most: int) -> int:
     return min(max(triton.next_power_of_2(size), _SMALLEST), most)
 
 
-def _strides(tensor: Tensor) -> tuple[int, ...]:
-    """0 where a dimension has one element and its stride means nothing."""
-    return tuple(
-        stride if size > 1 else 0
-        for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
-    )
-
-
 def not_supported(input: Tensor, weight: Tensor, padding: Sequence[int]) -> str:
     """Why tensors of these sizes cannot run, or ""."""
     batch, _, height, width = input.shape
@@ -271,7 +265,7 @@ def _launch(
             *(inputs, outputs, height, width, output.shape[3], output_pixels, blocks),
             *(*origin, *steps),
             *(int(packed.shape[0] > 1), int(bias is not None and bias.shape[0] > 1)),
-            *(*_strides(input), *_strides(output)),
+            *strides_of(input, output),
             KH=kernel_size[0],
             KW=kernel_size[1],
             STEPS=triton.cdiv(inputs, block_inputs),
@@ -318,7 +312,7 @@ def _launch_weight_gradient(
             *(grad_output, input, weight_sums),
             *(inputs, outputs, height, width, grad_output.shape[3], output_pixels, blocks, splits),
             *(-padding[0], -padding[2], *dilation),
-            *(*_strides(grad_output), *_strides(input)),
+            *strides_of(grad_output, input),
             KH=kh,
             KW=kw,
             STEPS=steps,

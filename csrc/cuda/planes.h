@@ -6,12 +6,10 @@
 // and is turned on the way. Anything else moves element by element.
 #pragma once
 
-#include "../dynamic_depthwise_conv2d.h"
+#include "../strides.h"
 #include "launch.h"
 
 namespace vfmk::cuda {
-
-using dynamic_depthwise_conv2d::Strides;
 
 enum class Access { elements, words, vectors };
 

@@ -31,7 +31,7 @@ int main() {
                            &problem.output_channels, &problem.rows, &problem.columns}) {
       *field = *next++;
     }
-    for (operation::Strides* strides : {&problem.input, &problem.output, &problem.grad_input}) {
+    for (vfmk::Strides* strides : {&problem.input, &problem.output, &problem.grad_input}) {
       *strides = {next[0], next[1], next[2], next[3]};
       next += 4;
     }

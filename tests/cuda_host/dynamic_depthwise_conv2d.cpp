@@ -38,7 +38,7 @@ int main() {
           &problem.pad_left, &problem.dilation_height, &problem.dilation_width}) {
       *field = static_cast<int32_t>(*next++);
     }
-    for (operation::Strides* strides : {&problem.input, &problem.output, &problem.grad_input}) {
+    for (vfmk::Strides* strides : {&problem.input, &problem.output, &problem.grad_input}) {
       *strides = {next[0], next[1], next[2], next[3]};
       next += 4;
     }

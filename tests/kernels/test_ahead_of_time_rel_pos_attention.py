@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.kernels.aot import CAPABILITIES, Launch, compiled, count, recorded
+from vfmk.kernels import _rel_pos_plan
 from vfmk.kernels import rel_pos_attention as kernels
 
 # Grid, window and head width: the blocks of ViT-B and ViT-L, and a global one of ViT-H.
@@ -16,7 +17,7 @@ CASES = {
     "global, wide": ((64, 64), (64, 64), 80),
     "windows": ((64, 64), (14, 14), 64),
 }
-KERNELS = ("_forward", "_backward_keys", "_backward_queries")
+KERNELS = ("_forward", "backward_keys", "backward_queries")
 # Registers of a thread, which are handed out by eights, and KiB of shared memory of a program, at
 # most: in the order of KERNELS, for the tensor cores of sm_90, of sm_100, and of all others.
 REGISTERS = {
@@ -50,7 +51,7 @@ def launches(case: str, capability: int, dtype: torch.dtype = torch.bfloat16) ->
     geometry = (window_size, head_width**-0.5)
     arguments = (*qkv, relative, *pads)
     with pytest.MonkeyPatch.context() as patch, recorded() as found:
-        patch.setattr(kernels, "_capability", lambda device: divmod(capability, 10))
+        patch.setattr(_rel_pos_plan, "capability", lambda device: divmod(capability, 10))
         kernels.forward(*arguments, *geometry, output, log_sum_exp)
         kernels.backward(output, *arguments, output, log_sum_exp, *geometry, *arguments)
     return {launch.kernel.fn.__name__: launch for launch in found}
@@ -74,7 +75,7 @@ def test_resources(case, kernel, capability):
         assert waits <= products // 2, "matrix products are serialised"
     if cores in (90, 100):  # the padded tokens of windows have no place in a descriptor
         fetches = count(instructions, "UTMALDG")
-        assert bool(fetches) == (case != "windows" or kernel == "_backward_keys")
+        assert bool(fetches) == (case != "windows" or kernel == "backward_keys")
 
 
 @pytest.mark.parametrize("capability", [80, 90])
@@ -86,7 +87,7 @@ def test_resources_of_float32(kernel, capability):
 
 
 @pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("kernel", ["_backward_prepare", "_backward_relative"])
+@pytest.mark.parametrize("kernel", ["backward_prepare", "backward_relative"])
 def test_resources_around_backward(kernel, capability):
     code = compiled(launches("windows", capability)[kernel], capability)
     assert code.stack == 0, "spills"

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tests.kernels.aot import Launch, compiled, recorded
 from vfmk.kernels import (
+    _rel_pos_plan,
     adapter_attention,
     attention_pool,
     channel_remap,
@@ -80,7 +81,7 @@ def attention(grid_size: tuple[int, int]) -> None:
     output, log_sum_exp = one(1, *grid_size, 1, 1), one(1, 1, *grid_size, dtype=torch.float32)
     geometry = ((1, 1), 1.0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rel_pos_attention, "_capability", lambda device: divmod(CAPABILITY, 10))
+        patch.setattr(_rel_pos_plan, "capability", lambda device: divmod(CAPABILITY, 10))
         rel_pos_attention.forward(*arguments, *geometry, output, log_sum_exp)
         rel_pos_attention.backward(output, *arguments, output, log_sum_exp, *geometry, *arguments)
 

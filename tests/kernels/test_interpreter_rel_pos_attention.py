@@ -14,6 +14,7 @@ from tests import operator_checks
 from tests.kernels.interpreter import interpreted
 from tests.ops import test_rel_pos_attention as whole
 from tests.ops import test_window_rel_pos_attention as windowed
+from vfmk.kernels import _rel_pos_plan
 from vfmk.kernels import rel_pos_attention as kernels
 
 # bf16 under the interpreter truncates where hardware rounds: no better than one eps.
@@ -46,7 +47,7 @@ WINDOWS = {
 @contextmanager
 def triton_for(capability: tuple[int, int]) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch, vfmk.use_backend("triton"):
-        patch.setattr(kernels, "_capability", lambda device: capability)
+        patch.setattr(_rel_pos_plan, "capability", lambda device: capability)
         yield
 
 

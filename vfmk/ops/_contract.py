@@ -64,6 +64,14 @@ def dense_last(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
+def empty_gradients(tensors: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor]:
+    """A dense tensor for each gradient, empty ([0]) for those that nobody wants."""
+    return [
+        tensor.new_empty(tensor.shape if want else 0)
+        for tensor, want in zip(tensors, wanted, strict=True)
+    ]
+
+
 def if_wanted(gradients: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
     """Each gradient, None where nobody wants it."""
     return [gradient if want else None for gradient, want in zip(gradients, wanted, strict=True)]

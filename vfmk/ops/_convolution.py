@@ -1,14 +1,12 @@
 """What the operators that convolve at stride 1 share: all but the public function."""
 
-import functools
-import importlib
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from vfmk import _backends
-from vfmk.ops import _contract
+from vfmk.ops import _contract, _implementations
 from vfmk.reference.padding import resolve_padding
 
 
@@ -160,31 +158,4 @@ def define(operator: str, *, native: Sequence[str]) -> None:
         return *_contract.if_wanted(found, wanted), None, None
 
     forward.register_autograd(gradients, setup_context=setup_context)
-    implementations = {
-        "triton": _backends.module(
-            f"vfmk.kernels.{operator}", functools.partial(_not_supported_by_triton, operator)
-        ),
-        "reference": _backends.module(f"vfmk.reference.{operator}", lambda *args: ""),
-    }
-    for device in native:
-        implementations[device] = _backends.native(
-            operator, functools.partial(_not_supported_on, device)
-        )
-    _backends.register(operator, implementations)
-
-
-def _not_supported_on(device: str, input: Tensor, weight: Tensor, padding: Sequence[int]) -> str:
-    """Why a backend of `device` cannot run what the reference can, or ""."""
-    if input.device.type != device:
-        return f"input is on {input.device}"
-    return "float64 has the reference alone" if input.dtype == torch.float64 else ""
-
-
-def _not_supported_by_triton(
-    operator: str, input: Tensor, weight: Tensor, padding: Sequence[int]
-) -> str:
-    device = "cpu" if _backends.interpreted() else "cuda"
-    if reason := _not_supported_on(device, input, weight, padding):
-        return reason
-    kernels = importlib.import_module(f"vfmk.kernels.{operator}")
-    return kernels.not_supported(input, weight, padding)
+    _implementations.register(operator, native=native)

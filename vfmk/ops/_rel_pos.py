@@ -1,6 +1,5 @@
 """What attention on a grid and inside its windows share: checks, tables, the run of a kernel."""
 
-import functools
 from collections.abc import Sequence
 
 import torch
@@ -9,6 +8,7 @@ from torch import Tensor
 from vfmk import _backends
 from vfmk.ops import _contract
 from vfmk.reference.rel_pos_attention import resized_tables
+from vfmk.reference.sums import dtype_of_sums
 
 MAX_HEAD_WIDTH = 128
 
@@ -43,8 +43,7 @@ def distance_tables(rel_pos_h: Tensor, rel_pos_w: Tensor, window_size: tuple[int
 def new_log_sum_exp(query: Tensor) -> Tensor:
     """For each query [B, H, W, heads, d] one value, in the dtype of the sums: [B, heads, H, W]."""
     batch, height, width, heads, _ = query.shape
-    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    return query.new_empty((batch, heads, height, width), dtype=dtype)
+    return query.new_empty((batch, heads, height, width), dtype=dtype_of_sums(query))
 
 
 def run_forward(
@@ -109,32 +108,3 @@ def _relative(query: Tensor, packed_query: Tensor, tables: Tensor) -> Tensor:
     """Each query's products with the tables, [B, H, W, heads, R]; one product whatever the strides
     (a batched `@` would multiply token by token, and choose by requires_grad)."""
     return (packed_query @ tables.T).view(*query.shape[:-1], tables.shape[0])
-
-
-def register(operator: str) -> None:
-    """Both operators run the same kernels."""
-    _backends.register(
-        operator,
-        {
-            "triton": _backends.module("vfmk.kernels.rel_pos_attention", _not_supported_by_triton),
-            "cpu": _backends.native("rel_pos_attention", functools.partial(_not_supported, "cpu")),
-            "reference": _backends.module(
-                "vfmk.reference.rel_pos_attention", lambda query, window_size: ""
-            ),
-        },
-    )
-
-
-def _not_supported(device: str, query: Tensor, window_size: Sequence[int]) -> str:
-    if query.device.type != device:
-        return f"query is on {query.device}"
-    return "float64 has the reference alone" if query.dtype == torch.float64 else ""
-
-
-def _not_supported_by_triton(query: Tensor, window_size: Sequence[int]) -> str:
-    device = "cpu" if _backends.interpreted() else "cuda"
-    if reason := _not_supported(device, query, window_size):
-        return reason
-    from vfmk.kernels import rel_pos_attention as kernels
-
-    return kernels.not_supported(query, window_size)

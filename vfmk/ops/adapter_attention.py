@@ -1,13 +1,13 @@
 """Self-attention in an adapter's bottleneck, with the projections inside."""
 
-import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from vfmk import _backends
-from vfmk.ops import _contract
+from vfmk.ops import _contract, _implementations
+from vfmk.reference.sums import dtype_of_sums
 
 NAME = "adapter_attention"
 
@@ -104,8 +104,7 @@ def _empty_output(
 ) -> tuple[Tensor, Tensor]:
     """The output, and for backward the logarithm of each query's sum: [B, heads, N]."""
     batch, tokens, _ = input.shape
-    dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
-    log_sum_exp = input.new_empty((batch, num_heads, tokens), dtype=dtype)
+    log_sum_exp = input.new_empty((batch, num_heads, tokens), dtype=dtype_of_sums(input))
     return input.new_empty(input.shape), log_sum_exp
 
 
@@ -150,10 +149,8 @@ def _empty_gradients(
     scale: float,
     wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A dense tensor for each gradient, empty ([0]) for those that nobody wants."""
-    grad_input, grad_weight, grad_bias = (
-        tensor.new_empty(tensor.shape if want else 0)
-        for tensor, want in zip((input, qkv_weight, qkv_bias), wanted, strict=True)
+    grad_input, grad_weight, grad_bias = _contract.empty_gradients(
+        (input, qkv_weight, qkv_bias), wanted
     )
     return grad_input, grad_weight, grad_bias
 
@@ -175,26 +172,4 @@ def _gradients(ctx, grad_output: Tensor, _: Tensor | None):  # type: ignore[no-u
 _forward.register_autograd(_gradients, setup_context=_setup_context)
 
 
-def _not_supported(device: str, input: Tensor, num_heads: int) -> str:
-    if input.device.type != device:
-        return f"input is on {input.device}"
-    return "float64 has the reference alone" if input.dtype == torch.float64 else ""
-
-
-def _not_supported_by_triton(input: Tensor, num_heads: int) -> str:
-    device = "cpu" if _backends.interpreted() else "cuda"
-    if reason := _not_supported(device, input, num_heads):
-        return reason
-    from vfmk.kernels import adapter_attention as kernels
-
-    return kernels.not_supported(input, num_heads)
-
-
-_backends.register(
-    NAME,
-    {
-        "triton": _backends.module(f"vfmk.kernels.{NAME}", _not_supported_by_triton),
-        "cpu": _backends.native(NAME, functools.partial(_not_supported, "cpu")),
-        "reference": _backends.module(f"vfmk.reference.{NAME}", lambda input, num_heads: ""),
-    },
-)
+_implementations.register(NAME)

@@ -1,13 +1,13 @@
 """Tokens pooled by their softmax similarity to a few queries."""
 
-import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from vfmk import _backends
-from vfmk.ops import _contract
+from vfmk.ops import _contract, _implementations
+from vfmk.reference.sums import dtype_of_sums
 
 NAME = "attention_pool"
 
@@ -69,9 +69,8 @@ def _forward(tokens: Tensor, queries: Tensor, scale: float) -> tuple[Tensor, Ten
 def _empty_output(tokens: Tensor, queries: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """The output, and for backward the logarithm of each query's sum: [B, M]."""
     shape = (tokens.shape[0], queries.shape[0])
-    dtype = torch.float64 if tokens.dtype == torch.float64 else torch.float32
     output = tokens.new_empty((*shape, tokens.shape[2]))
-    return output, tokens.new_empty(shape, dtype=dtype)
+    return output, tokens.new_empty(shape, dtype=dtype_of_sums(tokens))
 
 
 @torch.library.custom_op(f"vfmk::{NAME}_backward", mutates_args=())
@@ -109,11 +108,8 @@ def _empty_gradients(
     scale: float,
     wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor]:
-    """A dense tensor for each gradient, empty ([0]) for those that nobody wants."""
-    return (
-        tokens.new_empty(tokens.shape if wanted[0] else 0),
-        queries.new_empty(queries.shape if wanted[1] else 0),
-    )
+    grad_tokens, grad_queries = _contract.empty_gradients((tokens, queries), wanted)
+    return grad_tokens, grad_queries
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -133,26 +129,4 @@ def _gradients(ctx, grad_output: Tensor, _: Tensor | None):  # type: ignore[no-u
 _forward.register_autograd(_gradients, setup_context=_setup_context)
 
 
-def _not_supported(device: str, tokens: Tensor, queries: Tensor) -> str:
-    if tokens.device.type != device:
-        return f"tokens are on {tokens.device}"
-    return "float64 has the reference alone" if tokens.dtype == torch.float64 else ""
-
-
-def _not_supported_by_triton(tokens: Tensor, queries: Tensor) -> str:
-    device = "cpu" if _backends.interpreted() else "cuda"
-    if reason := _not_supported(device, tokens, queries):
-        return reason
-    from vfmk.kernels import attention_pool as kernels
-
-    return kernels.not_supported(tokens, queries)
-
-
-_backends.register(
-    NAME,
-    {
-        "triton": _backends.module(f"vfmk.kernels.{NAME}", _not_supported_by_triton),
-        "cpu": _backends.native(NAME, functools.partial(_not_supported, "cpu")),
-        "reference": _backends.module(f"vfmk.reference.{NAME}", lambda tokens, queries: ""),
-    },
-)
+_implementations.register(NAME)

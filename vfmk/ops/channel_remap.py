@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from vfmk import _backends
-from vfmk.ops import _contract
+from vfmk.ops import _contract, _implementations
 
 NAME = "channel_remap"
 
@@ -235,22 +235,4 @@ def _maps(tensor: Tensor | None) -> Tensor | None:
     return (tensor if tensor.dim() == 2 else tensor[None]).contiguous()
 
 
-def _not_supported(device: str, input: Tensor) -> str:
-    if input.device.type != device:
-        return f"input is on {input.device}"
-    return "float64 has the reference alone" if input.dtype == torch.float64 else ""
-
-
-def _not_supported_by_triton(input: Tensor) -> str:
-    return _not_supported("cpu" if _backends.interpreted() else "cuda", input)
-
-
-_backends.register(
-    NAME,
-    {
-        "cuda": _backends.native(NAME, functools.partial(_not_supported, "cuda")),
-        "triton": _backends.module(f"vfmk.kernels.{NAME}", _not_supported_by_triton),
-        "cpu": _backends.native(NAME, functools.partial(_not_supported, "cpu")),
-        "reference": _backends.module(f"vfmk.reference.{NAME}", lambda input: ""),
-    },
-)
+_implementations.register(NAME, native=("cuda", "cpu"))

@@ -1,6 +1,5 @@
 """How well low-resolution mask logits fit a target at the original image's size."""
 
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vfmk import _backends
-from vfmk.ops import _contract
+from vfmk.ops import _contract, _implementations
 
 NAME = "mask_iou"
 
@@ -117,22 +116,4 @@ def _empty_output(
     return logits.new_empty(logits.shape[0], dtype=torch.float32)
 
 
-def _not_supported(device: str, logits: Tensor) -> str:
-    if logits.device.type != device:
-        return f"logits is on {logits.device}"
-    return "float64 has the reference alone" if logits.dtype == torch.float64 else ""
-
-
-def _not_supported_by_triton(logits: Tensor) -> str:
-    return _not_supported("cpu" if _backends.interpreted() else "cuda", logits)
-
-
-FORWARD = ("forward",)
-_backends.register(
-    NAME,
-    {
-        "triton": _backends.module(f"vfmk.kernels.{NAME}", _not_supported_by_triton, FORWARD),
-        "cpu": _backends.native(NAME, functools.partial(_not_supported, "cpu"), FORWARD),
-        "reference": _backends.module(f"vfmk.reference.{NAME}", lambda logits: "", FORWARD),
-    },
-)
+_implementations.register(NAME, names=("forward",))

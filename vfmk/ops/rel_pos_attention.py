@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from vfmk import _backends
-from vfmk.ops import _contract, _rel_pos
+from vfmk.ops import _contract, _implementations, _rel_pos
 
 NAME = "rel_pos_attention"
 
@@ -164,10 +164,8 @@ def _empty_gradients(
     scale: float,
     wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A dense tensor for each gradient, empty ([0]) for those that nobody wants."""
-    grad_query, grad_key, grad_value, grad_tables = (
-        tensor.new_empty(tensor.shape if want else 0)
-        for tensor, want in zip((query, key, value, tables), wanted, strict=True)
+    grad_query, grad_key, grad_value, grad_tables = _contract.empty_gradients(
+        (query, key, value, tables), wanted
     )
     return grad_query, grad_key, grad_value, grad_tables
 
@@ -187,4 +185,4 @@ def _gradients(ctx, grad_output: Tensor, _: Tensor | None):  # type: ignore[no-u
 
 
 _forward.register_autograd(_gradients, setup_context=_setup_context)
-_rel_pos.register(NAME)
+_implementations.register(NAME)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from vfmk import _backends
-from vfmk.ops import _contract, _rel_pos
+from vfmk.ops import _contract, _implementations, _rel_pos
 
 NAME = "window_rel_pos_attention"
 
@@ -155,11 +155,7 @@ def _empty_gradients(
     scale: float,
     wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A dense tensor for each gradient, empty ([0]) for those that nobody wants."""
-    grad_qkv, grad_padding, grad_tables = (
-        tensor.new_empty(tensor.shape if want else 0)
-        for tensor, want in zip((qkv, padding, tables), wanted, strict=True)
-    )
+    grad_qkv, grad_padding, grad_tables = _contract.empty_gradients((qkv, padding, tables), wanted)
     return grad_qkv, grad_padding, grad_tables
 
 
@@ -191,4 +187,4 @@ def _pads(
     return pad_key, pad_value
 
 
-_rel_pos.register(NAME)
+_implementations.register(NAME, module="rel_pos_attention")  # the same kernels

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from vfmk.reference.sums import in_dtype_of_sums
+
 
 def adapter_attention(
     input: Tensor,
@@ -28,7 +30,7 @@ def forward(
     log_sum_exp: Tensor,
 ) -> None:
     """Write `output` [B, N, r] and `log_sum_exp` [B, heads, N], of the scaled scores."""
-    input, qkv_weight, qkv_bias = _in_sums_dtype(input, qkv_weight, qkv_bias)
+    input, qkv_weight, qkv_bias = in_dtype_of_sums(input, qkv_weight, qkv_bias)
     query, key, value = _project(input, qkv_weight, qkv_bias, num_heads)
     scores = scale * query @ key.transpose(2, 3)
     output.copy_(_merge(scores.softmax(-1) @ value))
@@ -49,7 +51,7 @@ def backward(
     grad_bias: Tensor | None,
 ) -> None:
     """Write each gradient that is not None."""
-    grad_output, input, qkv_weight, qkv_bias = _in_sums_dtype(
+    grad_output, input, qkv_weight, qkv_bias = in_dtype_of_sums(
         grad_output, input, qkv_weight, qkv_bias
     )
     query, key, value = _project(input, qkv_weight, qkv_bias, num_heads)
@@ -83,8 +85,3 @@ def _project(
 def _merge(heads: Tensor) -> Tensor:
     """[B, heads, N, d] → [B, N, heads·d]."""
     return heads.transpose(1, 2).flatten(2)
-
-
-def _in_sums_dtype(*tensors: Tensor) -> list[Tensor]:
-    dtype = torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
-    return [tensor.to(dtype) for tensor in tensors]

@@ -1,7 +1,8 @@
 """Attention pooling in plain PyTorch."""
 
-import torch
 from torch import Tensor
+
+from vfmk.reference.sums import in_dtype_of_sums
 
 
 def attention_pool(tokens: Tensor, queries: Tensor, *, scale: float = 1.0) -> Tensor:
@@ -13,7 +14,7 @@ def forward(
     tokens: Tensor, queries: Tensor, scale: float, output: Tensor, log_sum_exp: Tensor
 ) -> None:
     """Write `output` [B, M, D] and `log_sum_exp` [B, M], of the scaled scores."""
-    tokens, queries = _in_sums_dtype(tokens, queries)
+    tokens, queries = in_dtype_of_sums(tokens, queries)
     scores = scale * queries @ tokens.transpose(1, 2)  # [B, M, N]
     output.copy_(scores.softmax(2) @ tokens)
     log_sum_exp.copy_(scores.logsumexp(2))
@@ -30,7 +31,7 @@ def backward(
     grad_queries: Tensor | None,
 ) -> None:
     """Write each gradient that is not None."""
-    grad_output, tokens, queries = _in_sums_dtype(grad_output, tokens, queries)
+    grad_output, tokens, queries = in_dtype_of_sums(grad_output, tokens, queries)
     weights = (scale * queries @ tokens.transpose(1, 2)).softmax(2)
     grad_weights = grad_output @ tokens.transpose(1, 2)
     mean = (grad_weights * weights).sum(2, keepdim=True)
@@ -40,8 +41,3 @@ def backward(
         grad_tokens.copy_(through_scores + weights.transpose(1, 2) @ grad_output)
     if grad_queries is not None:
         grad_queries.copy_((grad_scores @ tokens).sum(0))
-
-
-def _in_sums_dtype(*tensors: Tensor) -> list[Tensor]:
-    dtype = torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
-    return [tensor.to(dtype) for tensor in tensors]

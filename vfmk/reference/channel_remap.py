@@ -1,7 +1,8 @@
 """Channels read in another order and scaled, in plain PyTorch: gather, multiply."""
 
-import torch
 from torch import Tensor
+
+from vfmk.reference.sums import dtype_of_sums
 
 
 def channel_remap(
@@ -16,7 +17,7 @@ def channel_remap(
     size = [*input.shape[:dim], index.shape[-1], *input.shape[dim + 1 :]]
     output = input.gather(dim, index.view(shape).expand(size))
     if scale is not None:
-        output = output.to(_sum_dtype(input)) * scale.view(shape)
+        output = output.to(dtype_of_sums(input)) * scale.view(shape)
     return output.to(input.dtype)
 
 
@@ -40,7 +41,7 @@ def backward(
     grad_scale: Tensor | None,
 ) -> None:
     """Write each gradient that is not None."""
-    gradient = grad_output.to(_sum_dtype(grad_output))
+    gradient = grad_output.to(dtype_of_sums(grad_output))
     indices, scales = _of_each_sample(grad_output, index, scale)
     positions = indices[:, :, None, None].expand(grad_output.shape)
     if grad_input is not None:
@@ -71,7 +72,3 @@ def _of_each_sample(
     if scale is not None:
         scale = scale.repeat_interleave(samples, 0)
     return index.repeat_interleave(samples, 0), scale
-
-
-def _sum_dtype(tensor: Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vfmk.reference.sums import dtype_of_sums
+
 
 def mask_iou(
     logits: Tensor,
@@ -31,9 +33,8 @@ def forward(
     iou: Tensor,
 ) -> None:
     """Write `iou`."""
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     for index in range(logits.shape[0]):
-        image = _resize(logits[index].to(dtype), (image_size, image_size))
+        image = _resize(logits[index].to(dtype_of_sums(logits)), (image_size, image_size))
         mask = _resize(image[: input_size[0], : input_size[1]], target.shape) > threshold
         union = (mask | target).sum()
         iou[index] = (mask & target).sum() / union.clamp(min=1)

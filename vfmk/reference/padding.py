@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vfmk.reference.sums import dtype_of_sums
+
 
 def resolve_padding(
     padding: int | tuple[int, int] | str, kernel_size: tuple[int, int], dilation: tuple[int, int]
@@ -31,8 +33,7 @@ def pair(value: int | tuple[int, int]) -> tuple[int, int]:
 def pad(input: Tensor, padding: tuple[int, int, int, int]) -> Tensor:
     """`input` with its zeros, in the dtype of the sums."""
     top, bottom, left, right = padding
-    dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
-    return F.pad(input.to(dtype), (left, right, top, bottom))
+    return F.pad(input.to(dtype_of_sums(input)), (left, right, top, bottom))
 
 
 def output_size(padded: Tensor, weight: Tensor, dilation: tuple[int, int]) -> tuple[int, int]:

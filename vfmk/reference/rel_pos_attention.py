@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vfmk.reference.sums import dtype_of_sums
+
 
 def rel_pos_attention(
     query: Tensor,
@@ -180,7 +182,7 @@ def _in_windows(
     window_size: tuple[int, int],
 ) -> list[Tensor]:
     """Each as [windows, heads, N, ·], in the dtype of the sums."""
-    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    dtype = dtype_of_sums(query)
     tensors = ((query, None), (key, pad_key), (value, pad_value), (relative, None))
     return [_to_windows(tensor, pad, window_size).to(dtype) for tensor, pad in tensors]
 
