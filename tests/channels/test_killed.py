@@ -12,44 +12,50 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.channels.conftest import CHANNELS
+from tests.channels.conftest import build_samples
 from vfmk.channels import search
 
-TOP_N = 4
-SETS = 1 + CHANNELS * (CHANNELS - 1) + 2**TOP_N - 1 - TOP_N  # the frozen model, pairs, subsets
+OPTIONS = {
+    "exhaustive": {"top_n": 4},
+    "screened": {"top_n": 4, "strategy": "screened", "keep": 0.2},
+}
+SAMPLES = {"exhaustive": 3, "screened": 8}
 MOMENT = int(os.environ.get("VFMK_KILL_AFTER", "0"))  # lines written; any, if not given
 
-WORKER = f"""
+WORKER = """
 import json, sys, time
 import torch.distributed as dist
 from tests.channels.conftest import build_sam, build_samples
+from tests.channels.test_killed import OPTIONS, SAMPLES
 from vfmk.channels import scorers, search
 from vfmk.channels.records import Records
 
-folder, rank, processes, seconds = sys.argv[1], *map(float, sys.argv[2:])
+folder, strategy = sys.argv[1:3]
+rank, processes, seconds = map(float, sys.argv[3:])
 if processes > 1:
-    store = dist.FileStore(f"{{folder}}/store-{{seconds}}", int(processes))
+    store = dist.FileStore(f"{folder}/store-{seconds}", int(processes))
     dist.init_process_group("gloo", store=store, rank=int(rank), world_size=int(processes))
 scorers.CPU_BYTES = 1  # one set of pairs at a time
-add = Records.add
+write = Records._write
 
-def slowly(self, scores):
+def slowly(self, lines):
     time.sleep(seconds)
-    add(self, scores)
+    write(self, lines)
 
-Records.add = slowly
-output = f"{{folder}}/scores.jsonl"
-found = search(build_sam(), build_samples(3), top_n={TOP_N}, output=output, progress=False)
+Records._write = slowly
+output = f"{folder}/scores.jsonl"
+samples = build_samples(SAMPLES[strategy])
+found = search(build_sam(), samples, output=output, progress=False, **OPTIONS[strategy])
 result = [found.best.pairs, found.best_score, found.passes]
-open(f"{{folder}}/result-{{int(rank)}}.json", "w").write(json.dumps(result))
+open(f"{folder}/result-{int(rank)}.json", "w").write(json.dumps(result))
 """
 
 
-def start(folder, processes, seconds):
+def start(folder, strategy, processes, seconds):
     """Each waits `seconds` before it writes scores down."""
     return [
         subprocess.Popen(
-            [sys.executable, "-c", WORKER, *map(str, (folder, rank, processes, seconds))],
+            [sys.executable, "-c", WORKER, *map(str, (folder, strategy, rank, processes, seconds))],
             env={**os.environ, "PYTHONPATH": str(Path.cwd()), "OMP_NUM_THREADS": "1"},
         )
         for rank in range(processes)
@@ -60,41 +66,56 @@ def written(path):
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-@pytest.fixture(scope="module")
-def result(sam, samples):
-    return search(sam, samples, top_n=TOP_N, progress=False)
+def lines_of(path):
+    """Without one that was cut."""
+    return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_goes_on_and_recomputes_nothing(sam, samples, result, tmp_path, processes):
-    output, moment = tmp_path / "scores.jsonl", MOMENT or random.randrange(1, SETS - 50)
+@pytest.mark.parametrize(
+    ("strategy", "processes"), [("exhaustive", 1), ("exhaustive", 2), ("screened", 2)]
+)
+def test_goes_on_and_recomputes_nothing(sam, tmp_path, strategy, processes):
+    samples, options = build_samples(SAMPLES[strategy]), OPTIONS[strategy]
+    result = search(sam, samples, output=tmp_path / "reference", progress=False, **options)
+    expected = lines_of(tmp_path / "reference")
+    output = tmp_path / "scores.jsonl"
+    moment = MOMENT or random.randrange(1, len(expected) * 4 // 5)
     print(f"killed after {moment} lines; VFMK_KILL_AFTER={moment} does it again")
-    workers = start(tmp_path, processes, 0.02)
+    workers = start(tmp_path, strategy, processes, 0.1 if strategy == "screened" else 0.02)
     try:
         while written(output) < moment and all(worker.poll() is None for worker in workers):
             time.sleep(0.001)
         with pytest.raises(ValueError, match="is being written by another run"):
-            search(sam, samples, top_n=TOP_N, output=output, progress=False)
+            search(sam, samples, output=output, progress=False, **options)
     finally:
         for worker in workers:
             worker.kill()
             worker.wait()
-    known = written(output)
-    assert moment <= known < SETS
+    known = lines_of(output)
+    assert moment <= len(known) < len(expected)
 
     if processes == 1:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # that the last line was cut, if it was
-            again = search(sam, samples, top_n=TOP_N, output=output, progress=False)
+            again = search(sam, samples, output=output, progress=False, **options)
         torch.testing.assert_close(again.singles, result.singles, rtol=0, atol=1e-6)
         results = [[again.best.pairs, again.best_score, again.passes]]
     else:
-        assert [worker.wait() for worker in start(tmp_path, processes, 0)] == [0, 0]
+        workers = start(tmp_path, strategy, processes, 0)
+        assert [worker.wait() for worker in workers] == [0] * processes
         results = [json.loads(path.read_text()) for path in tmp_path.glob("result-*.json")]
     assert len(results) == processes
+    once_more = 4 * len(samples) if strategy == "screened" else 0  # gradients, the frozen model
     for pairs, score, passes in results:
         assert tuple(map(tuple, pairs)) == result.best.pairs
         assert score == pytest.approx(result.best_score, abs=1e-6)
-        assert passes == (SETS - known) * len(samples)
-    lines = [json.loads(line) for line in output.read_bytes().splitlines()]
-    assert len({json.dumps(line["pairs"]) for line in lines}) == len(lines) == SETS
+        assert passes == samples_of(expected) - samples_of(known) + once_more
+    assert sets_of(lines_of(output)) == sets_of(expected)
+
+
+def samples_of(lines):
+    return sum(line["samples"] for line in lines)
+
+
+def sets_of(lines):
+    return sorted((line["pairs"], line["samples"]) for line in lines)

@@ -9,8 +9,11 @@ import torch
 
 import vfmk
 from vfmk.channels import load_samples, search
-from vfmk.channels.screening import Group, explore
+from vfmk.channels.racing import Rule
+from vfmk.channels.records import Raced
+from vfmk.channels.screening import Group, bars_of, explore
 from vfmk.data.demo_scenes import demo_scenes
+from vfmk.tasks.score_tiny import unseen_scenes
 
 DATA = Path(os.environ.get("VFMK_DATA", Path(__file__).parents[3] / "shared" / "data"))
 
@@ -40,34 +43,60 @@ def test_finds_the_best_of_what_is_smooth():
     estimates += estimates.std() * noise
     estimates.fill_diagonal_(0)
     squared /= squared.median()
-    found, scored = torch.full_like(gains, torch.nan), []
+    scored = []
 
-    def score(places):
+    def race(places, bars, factor):
         scored.extend(places)
-        return {place: float(gains[place]) for place in places}
+        return {place: Raced(float(gains[place]), 0.0, 1) for place in places}
 
     groups = [Group(lambda points: squared[:, points], channel) for channel in range(40)]
-    explore(score, found, estimates, groups, budget=160)
+    first = [(channel, int(estimates[channel].argmax())) for channel in range(40)]
+    found = explore(race, estimates[..., None], groups, first, top=10, samples=1, budget=160)
     assert len(scored) == len(set(scored)) == 160
     assert all(i != j for i, j in scored)
     assert (~found.isnan()).sum() == 160
     by_estimate = torch.full_like(gains, torch.nan)
-    first = estimates.flatten().argsort(descending=True)[:160]
-    by_estimate.flatten()[first] = gains.flatten()[first]
+    highest = estimates.flatten().argsort(descending=True)[:160]
+    by_estimate.flatten()[highest] = gains.flatten()[highest]
     assert best_rows_found(found, gains) >= 8 > best_rows_found(by_estimate, gains)
 
 
-def test_stops_when_all_is_known():
-    gains = torch.full((3, 3), torch.nan, dtype=torch.float64)
+def test_stops_when_all_is_known_and_keeps_what_was_not_dropped():
     groups = [Group(lambda points: torch.ones(3, len(points)).double(), i) for i in range(3)]
     scored = []
 
-    def score(places):
+    def race(places, bars, factor):
+        assert all(bar == (0 if scored else -torch.inf) for bar in bars)
         scored.extend(places)
-        return dict.fromkeys(places, 0.0)
+        return {(i, j): Raced(0.0, 0.1, 5 if j > 0 else 3) for i, j in places}
 
-    explore(score, gains, torch.zeros(3, 3, dtype=torch.float64), groups, budget=100)
+    first, features = [(0, 1), (1, 2), (2, 1)], torch.zeros(3, 3, 1).double()
+    found = explore(race, features, groups, first, top=3, samples=5, budget=100)
     assert sorted(scored) == [(i, j) for i in range(3) for j in range(3) if i != j]
+    assert (~found.isnan()).nonzero().tolist() == [[0, 1], [0, 2], [1, 2], [2, 1]]
+
+
+def test_a_bar_is_the_last_of_the_top_or_the_groups_best():
+    gains = torch.tensor([[1.0, 5.0], [2.0, torch.nan], [torch.nan, 3.0], [torch.nan, torch.nan]])
+    assert bars_of(gains, 2).tolist() == [5, 3, 3, 3]
+    assert bars_of(gains, 5).tolist() == [5, 2, 3, -torch.inf]
+
+
+def test_a_rule_drops_what_is_three_errors_below_its_bar():
+    """s² of 4 samples, of variance 3, and of the usual 7, of weight 3 and 5: 5.5."""
+    generator = torch.Generator().manual_seed(0)
+    controls = torch.randn(1, 16, generator=generator, dtype=torch.float64)
+    seen = torch.tensor([3, 0, 8, 15])
+    gains = 2 + controls[:, seen] - controls.mean() + torch.tensor([[-1.5, 1.5, 1.5, -1.5]])
+    error = (5.5 * (1 / 4 - 1 / 16)) ** 0.5
+    for bar, dropped in ((2 + 2.999 * error, False), (2 + 3.001 * error, True)):
+        rule = Rule(torch.tensor([bar]).double(), controls, torch.tensor([7.0]).double())
+        gain, spread = rule.estimates(gains, seen)
+        torch.testing.assert_close(gain, torch.tensor([2.0]).double())
+        torch.testing.assert_close(spread, torch.tensor([3.0]).double().sqrt())
+        assert rule.drops(gain, spread, torch.tensor([4.0])).item() is dropped
+    unknown = rule._replace(variances=torch.tensor([torch.nan]))
+    assert not unknown.drops(gain, spread, torch.tensor([4.0])).item()
 
 
 def lesions(begin):
@@ -85,6 +114,8 @@ def lesions(begin):
         pytest.param(lambda: lesions(50), id="lesions 50-99"),
         pytest.param(lambda: demo_scenes("train", 50), id="demo scenes"),
         pytest.param(lambda: demo_scenes("held_out", 50, seed=3), id="demo scenes, others"),
+        pytest.param(lambda: unseen_scenes(0, 50), id="generated scenes"),
+        pytest.param(lambda: unseen_scenes(50, 50), id="generated scenes, others"),
     ],
 )
 def test_finds_what_exhaustive_finds_in_a_tenth_of_the_passes(samples):
@@ -97,3 +128,5 @@ def test_finds_what_exhaustive_finds_in_a_tenth_of_the_passes(samples):
     assert len(set(screened.candidates) & set(exhaustive.candidates)) >= 9
     assert screened.best_score > exhaustive.best_score - 0.001
     assert screened.passes <= 0.1 * exhaustive.passes
+    known = ~screened.singles.isnan()
+    assert torch.equal(screened.singles[known], exhaustive.singles[known])

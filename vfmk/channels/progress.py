@@ -15,25 +15,24 @@ class Report:
     """A line on stderr: how far, how fast, how long to go, the best so far.
 
     Args:
-        total: candidates; with one nothing is said.
+        total: passes.
     """
 
     def __init__(self, title: str, total: int, shown: bool) -> None:
-        self.title, self.total, self.shown = title, total, shown and total > 1
-        self.known = self.done = self.passes = 0
+        self.title, self.total, self.shown = title, total, shown
+        self.known = self.done = 0
         self.best = -math.inf
         self.best_pairs: PairSet = ()
         self.begun = self.printed = time.monotonic()
         self.live = sys.stderr.isatty()
 
-    def skip(self, scores: Mapping[PairSet, float]) -> None:
+    def skip(self, passes: int, scores: Mapping[PairSet, float]) -> None:
         """Scores that are read, not computed."""
-        self.known += len(scores)
+        self.known += passes
         self._look_at(scores)
 
     def advance(self, passes: int, scores: Mapping[PairSet, float]) -> None:
-        self.done += len(scores)
-        self.passes += passes
+        self.done += passes
         self._look_at(scores)
         now = time.monotonic()
         if self.shown and now - self.printed > (LIVE_SECONDS if self.live else LOG_SECONDS):
@@ -57,8 +56,8 @@ class Report:
         left = datetime.timedelta(seconds=round(seconds / self.done * to_go))
         best = " ".join(f"{i}:{j}" for i, j in self.best_pairs)
         line = (
-            f"search: {self.title}: {self.known + self.done:,} of {self.total:,},"
-            f" {self.passes / seconds:,.0f} passes/s, {left} left, best {self.best:.4f} ({best})"
+            f"search: {self.title}: {self.known + self.done:,} of {self.total:,} passes,"
+            f" {self.done / seconds:,.0f} a second, {left} left, best {self.best:.4f} ({best})"
         )
         print(
             f"\r{line}\x1b[K" if self.live else line, end="" if self.live else "\n", file=sys.stderr

@@ -2,8 +2,11 @@
 
     {"pairs": [], "miou": 0.49, "delta": 0, "samples": 50, "run": {…}}   the frozen model, first
     {"pairs": [[3, 7]], "miou": 0.5, "delta": 0.01, "samples": 50}
+    {"pairs": [[5, 2]], "miou": 0.47, "delta": -0.02, "samples": 15, "spread": 0.03}   dropped
 
 as the authors' tool writes it; "run" is ours, and says which model and samples the scores are of.
+"spread" is ours too, of pairs that were raced: how much their gain differs between samples. Over
+fewer samples than the run has, a score is an estimate; a later line may have it over all.
 """
 
 import fcntl
@@ -13,7 +16,7 @@ import os
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from vfmk.channels.channel_map import Pair
 
@@ -21,10 +24,19 @@ PairSet = tuple[Pair, ...]  # what is scored: pairs of channels, applied togethe
 RECORD = b'{"pairs": ['  # how each of our lines begins
 
 
+class Raced(NamedTuple):
+    """What a race told of a set of pairs."""
+
+    gain: float  # over the frozen model; estimated, unless on all samples
+    spread: float  # standard deviation between samples of what was averaged; NaN if not known
+    samples: int
+
+
 class Records:
     """The file at `path`, held by this run alone until `close`.
 
-    `scores` has the mean score of each set of pairs. Without a path nothing is read or written.
+    `scores` has the mean score over all samples of each set of pairs, `raced` what the last race of
+    one told. Without a path nothing is read or written.
 
     Args:
         run: what tells runs apart; a file that does not say, the authors', is taken at its word.
@@ -38,6 +50,7 @@ class Records:
         self.run = dict(run)
         self.samples = samples
         self.scores: dict[PairSet, float] = {}
+        self.raced: dict[PairSet, Raced] = {}
         self._path = path
         self._file: int | None = None
         if path is None:
@@ -54,14 +67,38 @@ class Records:
     def add(self, scores: Mapping[PairSet, float]) -> None:
         """Take in and write down new scores; the frozen model's must come first."""
         self.scores |= scores
+        frozen = self.scores[()]
+        self._write(
+            {
+                "pairs": pairs,
+                "miou": score,
+                "delta": score - frozen,
+                "samples": self.samples,
+                **({} if pairs else {"run": self.run}),
+            }
+            for pairs, score in scores.items()
+        )
+
+    def add_raced(self, raced: Mapping[PairSet, Raced], scores: Mapping[PairSet, float]) -> None:
+        """The same, with the scores of those that were not dropped."""
+        self.raced |= raced
+        self.scores |= scores
+        frozen = self.scores[()]
+        self._write(
+            {
+                "pairs": pairs,
+                "miou": scores.get(pairs, frozen + found.gain),
+                "delta": found.gain,
+                "samples": found.samples,
+                "spread": found.spread,
+            }
+            for pairs, found in raced.items()
+        )
+
+    def _write(self, lines: Iterable[Mapping[str, Any]]) -> None:
         if self._file is None:
             return
-        frozen = self.scores[()]
-        lines = []
-        for pairs, score in scores.items():
-            line = {"pairs": pairs, "miou": score, "delta": score - frozen, "samples": self.samples}
-            lines.append(json.dumps(line if pairs else {**line, "run": self.run}))
-        content = "".join(f"{line}\n" for line in lines).encode()
+        content = "".join(f"{json.dumps(line)}\n" for line in lines).encode()
         while content:
             content = content[os.write(self._file, content) :]
 
@@ -101,21 +138,28 @@ class Records:
             record = json.loads(line)
             pairs = tuple((int(i), int(j)) for i, j in record["pairs"])
             score, samples = float(record["miou"]), int(record["samples"])
+            raced = None
+            if "spread" in record:
+                raced = Raced(float(record["delta"]), float(record["spread"]), samples)
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"search: {place}: no record of a score: {error}") from None
-        if not math.isfinite(score):
-            raise ValueError(f"search: {place}: a score that is not finite: {score}")
+        if not all(map(math.isfinite, (score, *(raced or ())))):
+            raise ValueError(f"search: {place}: a score that is not finite: {line.decode()}")
         if bool(self.scores) != bool(pairs):
             raise ValueError(
                 f"search: {place}: the frozen model's score must come first, and only once"
             )
         if not pairs and record.get("run", self.run) != self.run:
             raise ValueError(f"search: {place}: {_difference(record['run'], self.run)}")
-        if samples != self.samples:
+        was_dropped = pairs and raced and 0 < samples < self.samples
+        if samples != self.samples and not was_dropped:
             raise ValueError(
                 f"search: {place}: a score over {samples} samples, there are {self.samples}"
             )
-        self.scores[pairs] = score
+        if raced:
+            self.raced[pairs] = raced
+        if not was_dropped:
+            self.scores[pairs] = score
 
 
 def _difference(found: Mapping[str, Any], expected: Mapping[str, Any]) -> str:

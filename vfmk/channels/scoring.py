@@ -4,7 +4,8 @@ With torch.distributed initialised, the encoding of the samples and the sets to 
 out, and every process gets all results.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
@@ -12,7 +13,8 @@ from torch import Tensor
 
 from vfmk.channels.channel_map import ChannelMap
 from vfmk.channels.progress import Report
-from vfmk.channels.records import PairSet, Records
+from vfmk.channels.racing import Rule, looks, shuffled
+from vfmk.channels.records import PairSet, Raced, Records
 from vfmk.channels.scorers import Scorer, channel_dim, chunk_size
 
 Items = TypeVar("Items", bound=Sequence[Any])
@@ -52,40 +54,61 @@ class Scoring:
         self.device = self.features[0].device
         # The same in every process.
         self.chunk = min(_gathered(chunk_size(self.features[0], scorer.copies)))
-        records.scores = agreed(records.scores)
-        _check_pairs(records.scores, self.num_channels)
-        self.known = len(records.scores)
+        records.scores, records.raced = agreed((records.scores, records.raced))
+        known = records.scores.keys() | records.raced
+        _check_pairs(known, self.num_channels)
+        self.known = len(known)
 
     def map_of(self, pairs: PairSet) -> ChannelMap:
         if self.sequential:
             return ChannelMap.in_order(pairs, self.num_channels)
         return ChannelMap(pairs, self.num_channels)
 
-    def report(self, title: str, total: int) -> Report:
-        return Report(title, total, self.progress)
+    def report(self, title: str, sets: int) -> Report:
+        """With one set nothing is said."""
+        return Report(title, sets * len(self.prepared), self.progress and sets > 1)
 
     def score(self, sets: Sequence[PairSet], report: Report) -> list[float]:
         """The mean over the samples for each set of pairs."""
-        known = self.records.scores
-        report.skip({pairs: known[pairs] for pairs in sets if pairs in known})
+        known, samples = self.records.scores, len(self.prepared)
         missing = [pairs for pairs in sets if pairs not in known]
-        for block in _blocks(missing, BLOCK_CHUNKS * self.chunk * world_size()):
+        report.skip(
+            (len(sets) - len(missing)) * samples,
+            {pairs: known[pairs] for pairs in sets if pairs in known},
+        )
+        for block in _blocks(missing, self._block):
             new = dict(zip(block, self._means(block), strict=True))
             self.records.add(new)
-            report.advance(len(block) * len(self.prepared), new)
+            report.advance(len(block) * samples, new)
         return [known[pairs] for pairs in sets]
 
-    def gain_estimates(self) -> Tensor:
-        """To first order, what each pair adds to the score: float64 [C, C]."""
-        estimates = torch.zeros(
-            self.num_channels, self.num_channels, dtype=torch.float64, device=self.device
+    def race(self, sets: Sequence[PairSet], rule: Rule, report: Report) -> list[Raced]:
+        """The same sample by sample, until the rule drops a set."""
+        found = {
+            pairs: known
+            for number, pairs in enumerate(sets)
+            if (known := self._raced_before(pairs, rule.of([number])))
+        }
+        report.skip(sum(known.samples for known in found.values()), self._whole(found))
+        missing = [number for number, pairs in enumerate(sets) if pairs not in found]
+        for block in _blocks(missing, self._block):
+            new = self._raced([sets[number] for number in block], rule.of(block))
+            report.advance(sum(raced.samples for raced in new.values()), self._whole(new))
+            found |= new
+        return [found[pairs] for pairs in sets]
+
+    @cached_property
+    def first_order_gains(self) -> Tensor:
+        """What each pair adds to the score of each sample, to first order: float32 [n, C, C]."""
+        gains = torch.zeros(
+            len(self.prepared), self.num_channels, self.num_channels, device=self.device
         )
-        for prepared in self.prepared[rank() :: world_size()]:
-            estimates += self.scorer.gain_estimates(prepared).detach()
+        for number in range(rank(), len(self.prepared), world_size()):
+            gains[number] = self.scorer.gain_estimates(self.prepared[number]).detach()
         self.passes += GRADIENT_PASSES * len(self.prepared)
-        if not _summed(estimates).isfinite().all():
+        if not _summed(gains).isfinite().all():
             raise ValueError("search: a gradient of the score is not finite")
-        return estimates.cpu() / len(self.prepared)
+        return gains.cpu()
 
     def channel_distances(self) -> Tensor:
         """Mean squared difference of channels over samples and places: float64 [C, C]."""
@@ -108,6 +131,86 @@ class Scoring:
             raise ValueError("search: a score is not finite")
         self.passes += len(block) * len(self.prepared)
         return (sums / len(self.prepared)).tolist()
+
+    def _raced_before(self, pairs: PairSet, rule: Rule) -> Raced | None:
+        """Where this rule drops the pairs too, or they were scored on all samples."""
+        raced, samples = self.records.raced.get(pairs), len(self.prepared)
+        if raced and (
+            raced.samples == samples
+            or rule.drops(*(torch.tensor([value], dtype=torch.float64) for value in raced))
+        ):
+            return raced
+        if pairs in self.records.scores:
+            gain = self.records.scores[pairs] - self.records.scores[()]
+            return Raced(gain, torch.nan, samples)
+        return None
+
+    def _whole(self, raced: Mapping[PairSet, Raced]) -> dict[PairSet, float]:
+        """Scores of those that were not dropped."""
+        samples, scores = len(self.prepared), self.records.scores
+        return {pairs: scores[pairs] for pairs, found in raced.items() if found.samples == samples}
+
+    def _raced(self, block: Sequence[PairSet], rule: Rule) -> dict[PairSet, Raced]:
+        results = torch.zeros(len(block), 4, dtype=torch.float64, device=self.device)
+        frozen = self._frozen
+        mine = list(range(rank(), len(block), world_size()))
+        if mine:
+            of_mine = self._race_alone([block[i] for i in mine], rule.of(mine), frozen)
+            results[mine] = of_mine
+        # First the sum: what is not finite in one process then stops them all.
+        if not _summed(results).isfinite().all():
+            raise ValueError("search: a score is not finite")
+        raced, scores = {}, {}
+        for pairs, (score, gain, spread, samples) in zip(block, results.tolist(), strict=True):
+            self.passes += int(samples)
+            if samples == len(self.prepared):
+                scores[pairs] = score / samples
+                gain = scores[pairs] - self.records.scores[()]
+            raced[pairs] = Raced(gain, spread, int(samples))
+        self.records.add_raced(raced, scores)
+        return raced
+
+    def _race_alone(self, sets: Sequence[PairSet], rule: Rule, frozen: Tensor) -> Tensor:
+        """In this process. Of each set the sum of its scores, and what is in Raced: [K, 4]."""
+        overwritten, read = self._tensors(sets)
+        samples = len(self.prepared)
+        scores = torch.zeros(len(sets), samples, dtype=torch.float64, device=self.device)
+        results = torch.zeros(len(sets), 4, dtype=torch.float64)
+        order, done = shuffled(samples), 0
+        racing = torch.arange(len(sets))
+        for end in looks(samples):
+            for number in order[done:end].tolist():
+                for chunk in racing.split(self.chunk):
+                    prepared = self.prepared[number]
+                    new = self.scorer.scores(prepared, overwritten[chunk], read[chunk])
+                    scores[chunk, number] = new.double()
+            done, seen = end, order[:end]
+            gains = (scores - frozen).cpu()[racing][:, seen]
+            of_racing = rule.of(racing)
+            gain, spread = of_racing.estimates(gains, seen)
+            count = torch.full_like(gain, end)
+            results[racing, 1:] = torch.stack([gain, spread, count], 1)
+            racing = racing[~of_racing.drops(gain, spread, count)]
+            if not len(racing):
+                break
+        for of_sample in scores.cpu().unbind(1):  # in the order in which `_means` adds them
+            results[:, 0] += of_sample
+        return results.to(self.device)
+
+    @cached_property
+    def _frozen(self) -> Tensor:
+        """The frozen model's score on each sample: float64 [n]."""
+        scores = torch.zeros(len(self.prepared), dtype=torch.float64, device=self.device)
+        overwritten, read = self._tensors([()])
+        for number in range(rank(), len(self.prepared), world_size()):
+            prepared = self.prepared[number]
+            scores[number] = self.scorer.scores(prepared, overwritten, read).double()[0]
+        self.passes += len(self.prepared)
+        return _summed(scores)
+
+    @property
+    def _block(self) -> int:
+        return BLOCK_CHUNKS * self.chunk * world_size()
 
     def _tensors(self, sets: Sequence[PairSet]) -> tuple[Tensor, Tensor]:
         """Channels overwritten and read, [K, P]; short sets are filled up with (0, 0)."""

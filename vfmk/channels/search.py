@@ -24,8 +24,14 @@ from vfmk.channels.digest import (
 )
 from vfmk.channels.records import PairSet, Records
 from vfmk.channels.scorers import FeatureScorer, SamScorer, Scorer
-from vfmk.channels.scoring import Scoring, agreed, rank
-from vfmk.channels.screening import Group, Place, explore
+from vfmk.channels.scoring import Scoring, rank
+from vfmk.channels.screened import (
+    SUBSETS_AT_LEAST,
+    SUBSETS_SHARE,
+    num_pairs,
+    screened_pairs,
+    screened_subsets,
+)
 from vfmk.sam.adapt import AdaptedSam
 from vfmk.sam.base import unwrapped
 
@@ -33,8 +39,6 @@ if TYPE_CHECKING:
     from segment_anything.modeling import Sam
 
 STRATEGIES = ("exhaustive", "screened")
-# How many subsets "screened" scores; all, if there are no more.
-SUBSETS_AT_LEAST, SUBSETS_SHARE = 128, 0.018  # and the share of the number of pairs
 
 
 @dataclass(frozen=True)
@@ -44,16 +48,16 @@ class SearchResult:
     Attributes:
         baseline: the frozen model's score.
         singles: float64 [C, C], the score of each pair: row i overwritten, column j read. The
-            diagonal is the baseline; NaN where "screened" did not score.
+            diagonal is the baseline; NaN where "screened" did not score on all samples.
         candidates: the Top-N pairs, best first.
         best: the map of the best subset; under `sequential` the one that does at once what its
             pairs do in order.
         best_score: its score.
-        passes: decoder passes spent by this run: one for each set of pairs and sample, three for a
-            gradient. What was read from `output` cost it none.
-        audit: with `audit`, of the pairs that "screened" passed over and the audit looked at, those
-            that would have been candidates, best first.
-        known: scores that `output` had from earlier runs.
+        passes: decoder passes spent by this run: one for each set of pairs and sample it was scored
+            on, three for a gradient. What was read from `output` cost it none.
+        audit: with `audit`, of the pairs that "screened" passed over or dropped and the audit
+            looked at, those that would have been candidates, best first.
+        known: sets of pairs that `output` had scores of from earlier runs.
     """
 
     baseline: float
@@ -75,7 +79,7 @@ def search(
     score_fn: Callable[[Tensor, Any], Tensor] | None = None,
     sequential: bool = False,
     positive_only: bool = False,
-    keep: float = 0.08,
+    keep: float = 0.09,
     audit: int = 0,
     output: str | PathLike[str] | None = None,
     progress: bool = True,
@@ -86,11 +90,13 @@ def search(
     a sample's points, at the image's own size, 0 where mask and prediction are both empty.
     "exhaustive" scores all C·(C − 1) pairs, takes the `top_n` best with at most one for each
     overwritten channel, and scores their 2^N − 1 subsets: the published protocol, number by number.
-    "screened" scores the share `keep` of the pairs and max(128, 0.018·C·(C − 1)) of the subsets, if
-    there are more: the ones that promise most by a first-order estimate (one gradient a sample
-    gives all) and by what was scored before of their like. Its scores are exact, but a good pair or
-    subset may be missed: with 64 channels and ten samples, IoU of up to 0.01 was lost. With 256
-    channels the 1,023 subsets of ten pairs are all scored.
+    "screened" spends the share `keep` of the passes for all pairs on those, and as many as for
+    max(128, 0.01·C·(C − 1)) subsets on the subsets, if there are more: on the ones that promise
+    most by a first-order estimate (one gradient a sample gives all) and by what was scored before
+    of their like. They race: one is scored sample by sample, and dropped when it is clear that it
+    will not be among the best. The scores of the others are exact, but a good pair or subset may be
+    missed: with 64 channels and 50 samples one of ten candidates, rarely two, and no IoU; with ten
+    or twenty samples up to five, and IoU of up to 0.015.
 
     Every sample is encoded once. With torch.distributed initialised the work is shared out, and
     each process gets the same result. autocast and inference_mode are off while the search runs.
@@ -107,8 +113,8 @@ def search(
         sequential: apply the pairs of a subset one after the other, as the authors' early scripts
             do, instead of all at once.
         positive_only: take no candidate that scores at or below the frozen model.
-        keep: the share of the pairs that "screened" scores, in (0, 1].
-        audit: score so many of the pairs that "screened" passed over, drawn at random.
+        keep: the share of the passes on all pairs that "screened" spends on them, in (0, 1].
+        audit: score so many of the pairs that "screened" passed over or dropped, drawn at random.
         output: a JSONL file of scores in the authors' format. If it exists the search goes on where
             it ended; it is locked while the search runs. A file of another model, samples, score
             or `sequential` is refused; but functions, as model or score_fn, count by their name
@@ -169,7 +175,7 @@ def _search(
 ) -> SearchResult:
     (baseline,) = scoring.score([()], scoring.report("frozen model", 1))
     if strategy == "screened":
-        singles = _screened_pairs(scoring, baseline, keep)
+        singles = screened_pairs(scoring, baseline, keep, top_n)
     else:
         singles = _all_pairs(scoring, baseline)
     bar = baseline if positive_only else -torch.inf
@@ -179,9 +185,9 @@ def _search(
         for size in range(1, len(candidates) + 1)
         for subset in itertools.combinations(candidates, size)
     ]
-    limit = max(SUBSETS_AT_LEAST, round(SUBSETS_SHARE * _num_pairs(scoring)))
+    limit = max(SUBSETS_AT_LEAST, round(SUBSETS_SHARE * num_pairs(scoring)))
     if strategy == "screened" and len(subsets) > limit:
-        scores = _screened_subsets(scoring, baseline, candidates, subsets, limit)
+        scores = screened_subsets(scoring, baseline, singles, candidates, subsets, limit)
     else:
         report = scoring.report("subsets", len(subsets))
         scores = dict(zip(subsets, scoring.score(subsets, report), strict=True))
@@ -200,10 +206,6 @@ def _search(
     )
 
 
-def _num_pairs(scoring: Scoring) -> int:
-    return scoring.num_channels * (scoring.num_channels - 1)
-
-
 def _all_pairs(scoring: Scoring, baseline: float) -> Tensor:
     """`SearchResult.singles`."""
     channels = scoring.num_channels
@@ -215,64 +217,6 @@ def _all_pairs(scoring: Scoring, baseline: float) -> Tensor:
     for pair, score in zip(pairs, scores, strict=True):
         singles[pair] = score
     return singles
-
-
-def _screened_pairs(scoring: Scoring, baseline: float, keep: float) -> Tensor:
-    """The same, NaN where a pair was passed over. Channel i gains alike from reading channels that
-    are alike, and nothing from itself."""
-    channels = scoring.num_channels
-    budget = max(1, round(keep * _num_pairs(scoring)))
-    distances = scoring.channel_distances()
-    off_diagonal = distances[~torch.eye(channels, dtype=torch.bool)]
-    distances /= off_diagonal.median().clamp(min=torch.finfo(distances.dtype).tiny)
-    groups = [Group(lambda points: distances[:, points], channel) for channel in range(channels)]
-    gains = torch.full((channels, channels), torch.nan, dtype=torch.float64)
-    report = scoring.report("pairs", budget)
-
-    def score(places: list[Place]) -> dict[Place, float]:
-        pairs: list[Pair] = agreed(places)
-        scores = scoring.score([(pair,) for pair in pairs], report)
-        return {pair: score - baseline for pair, score in zip(pairs, scores, strict=True)}
-
-    explore(score, gains, scoring.gain_estimates(), groups, budget)
-    report.close()
-    return (gains + baseline).fill_diagonal_(baseline)
-
-
-def _screened_subsets(
-    scoring: Scoring,
-    baseline: float,
-    candidates: Sequence[Pair],
-    subsets: Sequence[PairSet],
-    limit: int,
-) -> dict[PairSet, float]:
-    """Scores of `limit` subsets: the single candidates and the most promising others. Subsets that
-    differ in few pairs gain alike; the estimate is the sum of their pairs' gains."""
-    sets = [(), *subsets]
-    members = torch.tensor([[pair in pairs for pair in candidates] for pairs in sets]).double()
-
-    def distances(points: Tensor) -> Tensor:  # a median pair of subsets differs in half the pairs
-        return torch.cdist(members, members[points], p=1) / (len(candidates) / 2)
-
-    report = scoring.report("subsets", limit)
-    gains = torch.full((1, len(sets)), torch.nan, dtype=torch.float64)
-    singles = sets[1 : len(candidates) + 1]
-    scores = dict(zip(singles, scoring.score(singles, report), strict=True))
-    of_singles = torch.tensor([scores[single] - baseline for single in singles])
-    gains[0, 1 : len(candidates) + 1] = of_singles
-
-    def score(places: list[Place]) -> dict[Place, float]:
-        places = agreed(places)
-        chosen = [sets[number] for _, number in places]
-        scores.update(zip(chosen, scoring.score(chosen, report), strict=True))
-        return {
-            place: scores[pairs] - baseline for place, pairs in zip(places, chosen, strict=True)
-        }
-
-    estimates = (members @ of_singles.double())[None]
-    explore(score, gains, estimates, [Group(distances, 0)], limit - len(candidates))
-    report.close()
-    return scores
 
 
 def _audited(
