@@ -18,6 +18,7 @@ from vfmk.kernels import (
     channel_remap,
     dynamic_conv2d,
     dynamic_depthwise_conv2d,
+    layer_norm_2d,
     mask_iou,
     rel_pos_attention,
 )
@@ -34,6 +35,16 @@ def remap(channels_last: bool, rows: int) -> None:
     index = one(1, 1, dtype=torch.int64)
     channel_remap.forward(image, index, scale, channels_last, image)
     channel_remap.backward(image, image, index, scale, 1, channels_last, image, scale)
+
+
+def norm(channels_last: bool, rows: int) -> None:
+    image, weight = one(1, 1, rows, 1), one(1)
+    index = one(1, dtype=torch.int64)
+    mean = one(1, rows, 1, dtype=torch.float32)
+    layer_norm_2d.forward(image, weight, weight, index, 1.0, channels_last, image, mean, mean)
+    layer_norm_2d.backward(
+        *(image, image, weight, index, mean, mean, channels_last, image, weight, weight)
+    )
 
 
 def iou(low_size: tuple[int, int], image_size: int, original_size: tuple[int, int]) -> None:
@@ -91,6 +102,8 @@ CALLS: dict[str, Callable[[], None]] = {
     "channel_remap, nchw, rows": lambda: remap(False, 2),
     "channel_remap, channels-last": lambda: remap(True, 1),
     "channel_remap, channels-last, rows": lambda: remap(True, 2),
+    "layer_norm_2d, nchw": lambda: norm(False, 1),
+    "layer_norm_2d, channels-last, rows": lambda: norm(True, 2),
     "mask_iou": lambda: iou((1, 1), 1, (1, 1)),
     "mask_iou, to larger": lambda: iou((9, 8), 1, (60, 80)),
     "dynamic_depthwise_conv2d, nchw": lambda: depthwise(3, False),
@@ -122,5 +135,5 @@ def test_compiles(call):
     assert launches
     for launch in launches:
         assert compiled(launch, CAPABILITY).cubin
-    if call.startswith(("channel_remap", "mask_iou")):
+    if call.startswith(("channel_remap", "layer_norm_2d", "mask_iou")):
         assert any(map(constant, launches))

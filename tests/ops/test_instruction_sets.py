@@ -27,6 +27,8 @@ CASES = [  # lengths that no vector divides, and both float formats
         ("dynamic_conv2d", "rectangular-contiguous"),
         ("dynamic_depthwise_conv2d", "k3-contiguous"),
         ("dynamic_depthwise_conv2d", "rectangular-contiguous"),
+        ("layer_norm_2d", "planes-contiguous"),
+        ("layer_norm_2d", "tokens-channels_last"),
         ("rel_pos_attention", "window-packed"),
         ("rel_pos_attention", "ragged-packed"),
         ("rel_pos_attention", "odd head width-dense"),

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from segment_anything.modeling import ImageEncoderViT
+from segment_anything.modeling.common import LayerNorm2d
 from segment_anything.modeling.image_encoder import Attention, Block
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -13,6 +14,7 @@ import vfmk
 from tests.operator_checks import relative_error
 from vfmk.sam.block import VfmkBlock, fuse_attention
 from vfmk.sam.load import build_tiny_sam
+from vfmk.sam.neck import FusedLayerNorm2d
 
 # fp32: what products of some hundred terms and an exponential lose; the limit for SAM.
 FP32_LIMIT = 2e-5
@@ -96,6 +98,7 @@ def test_nothing_but_the_computation_changes(sam):
     assert [module.training for module in sam.modules()] == training
     sam.image_encoder(random_images(1, 3, 128, 128))
     assert seen == [1]
+    assert [isinstance(part, FusedLayerNorm2d) for part in sam.image_encoder.neck] == [0, 1, 0, 1]
     assert isinstance(block, VfmkBlock)
     assert isinstance(block, Block)
 
@@ -110,6 +113,7 @@ def test_restore_gives_the_same_bits(sam):
     assert type(sam.image_encoder) is ImageEncoderViT
     assert {type(block) for block in sam.image_encoder.blocks} == {Block}
     assert {type(block.attn) for block in sam.image_encoder.blocks} == {Attention}
+    assert {type(sam.image_encoder.neck[i]) for i in (1, 3)} == {LayerNorm2d}
 
 
 def test_together_with_adapters(sam):

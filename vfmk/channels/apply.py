@@ -1,4 +1,4 @@
-"""A channel map on a SAM, at no cost: the neck's last norm overwrites channels as it writes."""
+"""A channel map on a SAM, at no cost: the neck's last norm reads by the map as it writes."""
 
 from typing import TYPE_CHECKING, TypeVar
 
@@ -18,9 +18,10 @@ Model = TypeVar("Model", bound=nn.Module)
 def apply(model: Model, map: ChannelMap) -> Model:
     """Let `model` overwrite channels of its image embedding, in place, and return it.
 
-    Nothing is trained or added. State-dict keys stay; so the map is saved by itself, not with the
-    model. It stays until `remove`, whichever adapter is active, vfmk's or peft's, and after their
-    `unload`.
+    The neck's last norm runs as `vfmk.ops.layer_norm_2d`, whose write gathers: no pass, copy or
+    memory more. Nothing is trained or added. State-dict keys stay; so the map is saved by itself,
+    not with the model. It stays until `remove`, whichever adapter is active, vfmk's or peft's, and
+    after their `unload`.
 
     Args:
         model: a `segment_anything` Sam or ImageEncoderViT, an AdaptedSam, or a PeftModel of one;
@@ -31,7 +32,7 @@ def apply(model: Model, map: ChannelMap) -> Model:
         TypeError: `model` is none of these, its neck is not SAM's, or `map` is no ChannelMap.
         ValueError: the map is for another number of channels; the model has a map already.
 
-    Equivalent to, after the encoder::
+    Equivalent to, after the encoder, to rounding (of an accelerated one, bit for bit)::
 
         embedding = embedding[:, map.index]
     """
@@ -77,7 +78,7 @@ def _with_norms(operator: str, model: nn.Module) -> "tuple[ImageEncoderViT, list
     encoder = encoder_of(operator, model)
     norms = neck.last_norms(encoder)
     for norm in norms:
-        if type(norm) not in (LayerNorm2d, neck.MappedLayerNorm2d):
+        if type(norm) not in (LayerNorm2d, neck.FusedLayerNorm2d, neck.MappedLayerNorm2d):
             raise TypeError(
                 f"{operator}: the neck must end in segment_anything's LayerNorm2d, ends in a"
                 f" {type(norm).__name__}"

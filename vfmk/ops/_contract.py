@@ -46,13 +46,14 @@ def check_alike(
             )
 
 
-def autocast(*tensors: Tensor | None) -> list[Tensor | None]:
-    """The tensors in autocast's dtype where autocast is on, as it treats `conv2d` and `linear`."""
+def autocast(*tensors: Tensor | None, dtype: torch.dtype | None = None) -> list[Tensor | None]:
+    """The tensors in autocast's dtype where autocast is on, as it treats `conv2d` and `linear`; or
+    in `dtype`, as it treats what loses too much in half precision."""
     first = tensors[0]
     assert first is not None
     if not _autocasts(first):
         return list(tensors)
-    dtype = torch.get_autocast_dtype(first.device.type)
+    dtype = dtype or torch.get_autocast_dtype(first.device.type)
     return [
         tensor if tensor is None or tensor.dtype == torch.float64 else tensor.to(dtype)
         for tensor in tensors

@@ -5,6 +5,7 @@ from vfmk.reference.attention_pool import attention_pool
 from vfmk.reference.channel_remap import channel_remap
 from vfmk.reference.dynamic_conv2d import dynamic_conv2d
 from vfmk.reference.dynamic_depthwise_conv2d import dynamic_depthwise_conv2d
+from vfmk.reference.layer_norm_2d import layer_norm_2d
 from vfmk.reference.mask_iou import mask_iou
 from vfmk.reference.rel_pos_attention import rel_pos_attention, window_rel_pos_attention
 
@@ -14,6 +15,7 @@ __all__ = [
     "channel_remap",
     "dynamic_conv2d",
     "dynamic_depthwise_conv2d",
+    "layer_norm_2d",
     "mask_iou",
     "rel_pos_attention",
     "window_rel_pos_attention",

@@ -1,4 +1,4 @@
-"""SAM's encoder on the fused attention operators, in place, and back."""
+"""SAM's encoder on the fused operators, in place, and back."""
 
 from typing import TYPE_CHECKING, TypeVar
 
@@ -14,11 +14,12 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def accelerate(model: Model) -> Model:
-    """Let every block of the image encoder attend through vfmk's operators.
+    """Let every block of the image encoder attend, and its neck normalize, by vfmk's operators.
 
     Works in place on a `segment_anything` Sam or ImageEncoderViT, an AdaptedSam, or a PeftModel of
     one of them, and returns it.
-    Weights, state-dict keys, dtype, device, mode, hooks and wrapped layers (LoRA on `qkv`) stay.
+    Weights, state-dict keys, dtype, device, mode, hooks, wrapped layers (LoRA on `qkv`) and a
+    channel map stay.
     Windows are no longer cut out, padded and merged, and no N×N matrix is stored, forward or
     backward. The encoder then takes images of any size that its patches divide: position
     embeddings are interpolated (bicubic), relative positions too (linear, as SAM does).
@@ -31,7 +32,7 @@ def accelerate(model: Model) -> Model:
         ValueError: it is accelerated already, has attention without relative position, or its
             encoder, a block or an attention is of a subclass, whose code would not run.
     """
-    from vfmk.sam import block
+    from vfmk.sam import block, neck
 
     encoder = encoder_of("accelerate", model)
     if block.is_fused(encoder):
@@ -41,23 +42,26 @@ def accelerate(model: Model) -> Model:
     without = [i for i, b in enumerate(encoder.blocks) if not b.attn.use_rel_pos]
     if without:
         raise ValueError(f"accelerate: blocks {without} have no relative position")
-    block.fuse_attention(encoder)
+    with neck.own_norms(encoder):
+        block.fuse_attention(encoder)
     return model
 
 
 def restore(model: Model) -> Model:
-    """Undo `accelerate`, in place; the outputs are then what they were, bit for bit.
+    """Undo `accelerate`, in place; the outputs are then what they were, bit for bit. A channel map
+    stays.
 
     Raises:
         TypeError: as `accelerate`.
         ValueError: the model is not accelerated.
     """
-    from vfmk.sam import block
+    from vfmk.sam import block, neck
 
     encoder = encoder_of("restore", model)
     if not block.is_fused(encoder):
         raise ValueError("restore: the model is not accelerated")
-    block.unfuse_attention(encoder)
+    with neck.own_norms(encoder):
+        block.unfuse_attention(encoder)
     return model
 
 

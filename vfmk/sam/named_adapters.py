@@ -89,8 +89,8 @@ class NamedAdapters(nn.Module):
         stack = VFMAdapterStack(projection.out_channels, layers, config)
         stack.to(projection.weight.device, projection.weight.dtype).train(self.training)
         self.adapters[adapter_name] = stack.requires_grad_(False)
-        # Copies are of the base's own modules, and a channel map is none of them.
-        with self.disable_adapter(), neck.map_stays(encoder):
+        # Copies are of the base's own modules; a channel map and fused norms are none of them.
+        with self.disable_adapter(), neck.own_norms(encoder):
             modules = {key_of(path): self.sam.get_submodule(path) for path in paths}
             self.base_modules.update(modules)
             copies = {key: copy.deepcopy(module) for key, module in modules.items()}
@@ -173,7 +173,7 @@ class NamedAdapters(nn.Module):
 
     def _take_effect(self) -> None:
         """Let the model compute with the active adapter, or, while disabled, as the base; a channel
-        map stays in force."""
+        map stays in force, and norms stay fused."""
         from vfmk.sam import block, neck
 
         name = None if self._disabled else self._active
@@ -182,7 +182,7 @@ class NamedAdapters(nn.Module):
         if name is not None:
             modules += self.modules_to_save[name].items()  # type: ignore[operator]
         encoder = base.image_encoder_of(self.sam)
-        with neck.map_stays(encoder):
+        with neck.own_norms(encoder):
             for key, module in modules:
                 base.put_module(self.sam, path_of(key), module)
         block.enable_adapters(encoder, None if name is None else self._stack(name))

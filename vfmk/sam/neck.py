@@ -1,4 +1,5 @@
-"""SAM's neck, whose last norm may overwrite some channels by others: a channel map."""
+"""SAM's neck, whose norms may run as one operator, and whose last one may overwrite some channels
+by others: a channel map."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,24 +12,33 @@ from segment_anything.modeling.common import LayerNorm2d
 from torch import Tensor, nn
 
 from vfmk import ops
+from vfmk.sam import block
 
 
-class MappedLayerNorm2d(LayerNorm2d):
-    """LayerNorm2d, some channels of whose output are copies of others.
-
-    Same operations in the same order as LayerNorm2d, so a channel keeps its bits wherever it goes;
-    but x − mean once instead of twice, and the sum in place, which pays for the copies.
-    """
-
-    channel_pairs: Tensor  # int64 [2, n]: the channels overwritten, and those that they read
+class FusedLayerNorm2d(LayerNorm2d):
+    """LayerNorm2d as one operator, that of SAM to rounding."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] → [B, C, H, W]."""
-        overwritten, read = self.channel_pairs
-        x = x - x.mean(1, keepdim=True)
-        x = x / torch.sqrt(x.pow(2).mean(1, keepdim=True) + self.eps)
-        x = (self.weight[:, None, None] * x).add_(self.bias[:, None, None])
-        return x.index_copy_(1, overwritten, ops.channel_remap(x, read))
+        return self._normalize(x, None)
+
+    def _normalize(self, x: Tensor, index: Tensor | None) -> Tensor:
+        dtype = torch.promote_types(x.dtype, self.weight.dtype)
+        return ops.layer_norm_2d(
+            x.to(dtype), self.weight.to(dtype), self.bias.to(dtype), index, eps=self.eps
+        )
+
+
+class MappedLayerNorm2d(FusedLayerNorm2d):
+    """The same, some channels of whose output are copies of others: those of FusedLayerNorm2d, bit
+    for bit, at no cost."""
+
+    channel_pairs: Tensor  # int64 [2, n]: the channels overwritten, and those that they read
+    channel_index: Tensor  # int64 [C]: what each channel reads
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] → [B, C, H, W]."""
+        return self._normalize(x, self.channel_index)
 
 
 def channel_pairs(encoder: ImageEncoderViT) -> Tensor | None:
@@ -38,22 +48,17 @@ def channel_pairs(encoder: ImageEncoderViT) -> Tensor | None:
 
 
 def set_channel_pairs(encoder: ImageEncoderViT, pairs: Tensor | None) -> None:
-    """Put this channel map in force; with None, none, and the norms are as they were."""
-    for norm in last_norms(encoder):
-        if isinstance(norm, MappedLayerNorm2d):
-            norm.__class__ = LayerNorm2d
-            del norm.channel_pairs
-        if pairs is not None:
-            assert isinstance(norm, LayerNorm2d)
-            norm.register_buffer("channel_pairs", pairs.to(norm.weight.device), persistent=False)
-            norm.__class__ = MappedLayerNorm2d
+    """Put this channel map in force, or none; the norms are else as the encoder's attention is,
+    fused or SAM's own."""
+    _set_norms(encoder, pairs, block.is_fused(encoder))
 
 
 @contextmanager
-def map_stays(encoder: ImageEncoderViT) -> Iterator[None]:
-    """No channel map inside the block; after it, that of before, in the norms of then."""
+def own_norms(encoder: ImageEncoderViT) -> Iterator[None]:
+    """SAM's own norms inside the block; after it, the channel map of before and fused norms, in the
+    modules of then."""
     pairs = channel_pairs(encoder)
-    set_channel_pairs(encoder, None)
+    _set_norms(encoder, None, fused=False)
     try:
         yield
     finally:
@@ -64,6 +69,24 @@ def last_norms(encoder: ImageEncoderViT) -> list[nn.Module]:
     """The neck's last layer, or the neck where it is no sequence of layers. Of what peft has copies
     of, the original and every copy: which of them computes may change at any time."""
     return _last(encoder.neck)
+
+
+def _set_norms(encoder: ImageEncoderViT, pairs: Tensor | None, fused: bool) -> None:
+    for norm in encoder.neck.modules():
+        if isinstance(norm, MappedLayerNorm2d):
+            del norm.channel_pairs, norm.channel_index
+        if type(norm) in (LayerNorm2d, FusedLayerNorm2d, MappedLayerNorm2d):
+            norm.__class__ = FusedLayerNorm2d if fused else LayerNorm2d
+    if pairs is None:
+        return
+    for norm in last_norms(encoder):
+        assert isinstance(norm, LayerNorm2d)
+        index = torch.arange(len(norm.weight), device=norm.weight.device)
+        pairs = pairs.to(index.device)
+        index[pairs[0]] = pairs[1]
+        norm.register_buffer("channel_pairs", pairs, persistent=False)
+        norm.register_buffer("channel_index", index, persistent=False)
+        norm.__class__ = MappedLayerNorm2d
 
 
 def _last(module: Any) -> list[nn.Module]:

@@ -1,0 +1,244 @@
+"""Layer norm over the channels of an image, and a gather of them."""
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from vfmk import _backends
+from vfmk.ops import _contract
+
+NAME = "layer_norm_2d"
+
+
+def layer_norm_2d(
+    input: Tensor, weight: Tensor, bias: Tensor, index: Tensor | None = None, *, eps: float = 1e-6
+) -> Tensor:
+    """Normalize each place over its channels; with `index`, write channel index[c] as channel c.
+
+    The gather is part of the write, so a channel has the same bits wherever it goes.
+    Differentiable, once, in input, weight and bias. Sums are fp32 (fp64 for float64), variance is
+    taken about the mean, readers of one channel are added up in ascending order: the same bits on
+    each run. Works under torch.compile and torch.export, and under autocast, where it casts to
+    float32 as PyTorch's `layer_norm` does. float64 runs in plain PyTorch.
+
+    Args:
+        input: [B, C, H, W], float32, float16, bfloat16 or float64, C at least 1. Read in place if
+            columns or channels are dense, whatever the other strides; else copied first.
+        weight, bias: [C] of input's dtype.
+        index: int64 [C'], each in 0 ... C − 1, as often as it pleases; None for all in order.
+        eps: added to the variance.
+
+    Returns:
+        [B, C', H, W] in input's dtype and memory format: channels-last where channels are dense in
+        the input and columns are not, else contiguous.
+
+    Raises:
+        TypeError: an argument that is no tensor, or of another dtype; eps that is no number.
+        ValueError: shapes or devices that do not fit.
+        IndexError: an index outside 0 ... C − 1, on the CPU. On CUDA to look would stop the
+            stream: nothing outside the input is read, and the channel becomes NaN.
+
+    Equivalent to::
+
+        mean = input.mean(1, keepdim=True)
+        variance = (input - mean).square().mean(1, keepdim=True)
+        normalized = (input - mean) / torch.sqrt(variance + eps)
+        output = weight[:, None, None] * normalized + bias[:, None, None]
+        output = output if index is None else output[:, index]
+
+    Source: segment_anything's LayerNorm2d; the index, parameter-free fine-tuning of SAM.
+    """
+    _contract.check_tensor(NAME, "input", input, "B, C, H, W")
+    channels = input.shape[1]
+    if channels < 1:
+        raise ValueError(f"{NAME}: input has no channels, {list(input.shape)}")
+    for argument, parameter in {"weight": weight, "bias": bias}.items():
+        _contract.check_tensor(NAME, argument, parameter, "C")
+        if parameter.shape[0] != channels:
+            raise ValueError(
+                f"{NAME}: {argument} is for {parameter.shape[0]} channels, input has {channels}"
+            )
+    _contract.check_alike(NAME, input, weight=weight, bias=bias)
+    if index is not None:
+        _check_index(input, index)
+    eps = _contract.as_float(NAME, "eps", eps)
+    input, weight, bias = _contract.autocast(input, weight, bias, dtype=torch.float32)  # type: ignore[assignment]
+    return torch.ops.vfmk.layer_norm_2d(input, weight, bias, index, eps)[0]
+
+
+def _check_index(input: Tensor, index: Tensor) -> None:
+    if not isinstance(index, Tensor):
+        raise TypeError(f"{NAME}: index must be a Tensor [C'], got {type(index).__name__}")
+    if index.dtype != torch.int64:
+        raise TypeError(
+            f"{NAME}: index must be int64, got {str(index.dtype).removeprefix('torch.')}"
+        )
+    if index.dim() != 1:
+        raise ValueError(f"{NAME}: index must have the shape [C'], got {list(index.shape)}")
+    if index.device != input.device:
+        raise ValueError(f"{NAME}: index is on {index.device}, input is on {input.device}")
+
+
+def _check_range(index: Tensor | None, channels: int) -> None:
+    if index is None or index.device.type != "cpu" or not index.numel():
+        return
+    low, high = (int(bound) for bound in index.aminmax())
+    if low < 0 or high >= channels:
+        raise IndexError(
+            f"{NAME}: index holds {low if low < 0 else high}, input has {channels} channels"
+        )
+
+
+@torch.library.custom_op(f"vfmk::{NAME}", mutates_args=())
+def _forward(
+    input: Tensor, weight: Tensor, bias: Tensor, index: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check_range(index, input.shape[1])
+    output, mean, rstd = results = _empty_output(input, weight, bias, index, eps)
+    kernel = _backends.kernel(NAME, "forward", input)
+    if output.numel() > 0:
+        channels_last = _channels_last(input)
+        planes = _planes(input, channels_last)
+        kernel(
+            *(planes, weight.contiguous(), bias.contiguous(), _dense(index), eps, channels_last),
+            *(_cut(result, planes) for result in results),
+        )
+    else:
+        mean.zero_()
+        rstd.zero_()
+    return output, mean, rstd
+
+
+@_forward.register_fake
+def _empty_output(
+    input: Tensor, weight: Tensor, bias: Tensor, index: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The output, and for backward mean and 1 / sqrt(variance + eps): [B, H, W]."""
+    batch, channels, *size = input.shape
+    outputs = channels if index is None else index.shape[0]
+    dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
+    return (
+        _empty((batch, outputs, *size), input, _channels_last(input)),
+        input.new_empty((batch, *size), dtype=dtype),
+        input.new_empty((batch, *size), dtype=dtype),
+    )
+
+
+@torch.library.custom_op(f"vfmk::{NAME}_backward", mutates_args=())
+def _backward(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    index: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    wanted: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    gradients = _empty_gradients(grad_output, input, weight, index, mean, rstd, wanted)
+    kernel = _backends.kernel(NAME, "backward", input)
+    if grad_output.numel() > 0:
+        channels_last = _channels_last(input)
+        planes = _planes(input, channels_last)
+        grad_input, *others = _contract.if_wanted(gradients, wanted)
+        kernel(
+            _cut(grad_output.contiguous(memory_format=_format(channels_last)), planes),
+            *(planes, weight.contiguous(), _dense(index), _cut(mean, planes), _cut(rstd, planes)),
+            *(channels_last, None if grad_input is None else _cut(grad_input, planes), *others),
+        )
+    else:
+        for gradient in gradients:
+            gradient.zero_()
+    return gradients
+
+
+@_backward.register_fake
+def _empty_gradients(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    index: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    wanted: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A tensor for each gradient, empty ([0]) for those that nobody wants."""
+    return (
+        _empty(input.shape, input, _channels_last(input)) if wanted[0] else input.new_empty(0),
+        weight.new_empty(weight.shape if wanted[1] else 0),
+        weight.new_empty(weight.shape if wanted[2] else 0),
+    )
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    input, weight, _, index, _ = inputs
+    _, mean, rstd = output
+    ctx.save_for_backward(input, weight, index, mean, rstd)
+    ctx.mark_non_differentiable(mean, rstd)
+
+
+def _gradients(ctx, grad_output: Tensor, *_: Tensor | None):  # type: ignore[no-untyped-def]
+    wanted = list(ctx.needs_input_grad[:3])
+    gradients = torch.ops.vfmk.layer_norm_2d_backward(grad_output, *ctx.saved_tensors, wanted)
+    return *_contract.if_wanted(gradients, wanted), None, None
+
+
+_forward.register_autograd(_gradients, setup_context=_setup_context)
+
+
+def _channels_last(input: Tensor) -> bool:
+    """The layout of every result, by the rule that each backend goes by: dense columns first."""
+    return input.stride(1) == 1 and input.stride(3) != 1
+
+
+def _format(channels_last: bool) -> torch.memory_format:
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def _empty(size: Sequence[int], like: Tensor, channels_last: bool) -> Tensor:
+    return torch.empty(
+        size, dtype=like.dtype, device=like.device, memory_format=_format(channels_last)
+    )
+
+
+def _planes(input: Tensor, channels_last: bool) -> Tensor:
+    """[B, C, rows, columns] with dense columns, or channels if those are last: a view, in one row
+    where it can be, or a copy where the strides allow none."""
+    innermost = 1 if channels_last else 3
+    if input.shape[innermost] > 1 and input.stride(innermost) != 1:
+        input = input.contiguous(memory_format=_format(channels_last))
+    height, width = input.shape[2:]
+    column = input.stride(3) if channels_last else 1
+    if height == 1 or input.stride(2) == width * column:
+        return input.flatten(2)[:, :, None]
+    return input
+
+
+def _cut(tensor: Tensor, planes: Tensor) -> Tensor:
+    """A view of a dense [..., H, W] with the rows of `planes`."""
+    return tensor.view(*tensor.shape[:-2], *planes.shape[2:])
+
+
+def _dense(index: Tensor | None) -> Tensor | None:
+    return None if index is None else index.contiguous()
+
+
+def _not_supported(device: str, input: Tensor) -> str:
+    if input.device.type != device:
+        return f"input is on {input.device}"
+    return "float64 has the reference alone" if input.dtype == torch.float64 else ""
+
+
+def _not_supported_by_triton(input: Tensor) -> str:
+    return _not_supported("cpu" if _backends.interpreted() else "cuda", input)
+
+
+_backends.register(
+    NAME,
+    {
+        "triton": _backends.module(f"vfmk.kernels.{NAME}", _not_supported_by_triton),
+        "cpu": _backends.native(NAME, functools.partial(_not_supported, "cpu")),
+        "reference": _backends.module(f"vfmk.reference.{NAME}", lambda input: ""),
+    },
+)
