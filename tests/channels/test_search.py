@@ -31,7 +31,7 @@ def test_refuses_pairs_of_other_channels(sam, samples, tmp_path):
         '{"pairs": [], "miou": 1, "samples": 3}\n'
         f'{{"pairs": [[1, {CHANNELS}]], "miou": 1, "samples": 3}}\n'
     )
-    with pytest.raises(ValueError, match=r"score of the pair \(1, 16\), there are 16 channels"):
+    with pytest.raises(ValueError, match=r"scores\.jsonl: .* pair 1:16 is outside the 16 channels"):
         search(sam, samples, top_n=1, output=output, progress=False)
 
 
@@ -316,11 +316,11 @@ def test_refuses_the_file_of_another_run(sam, samples, tmp_path):
     output = tmp_path / "scores.jsonl"
     search(sam, samples, top_n=1, output=output, progress=False)
     before = output.read_bytes()
-    with pytest.raises(ValueError, match=r"scores\.jsonl, line 1: .* another samples"):
+    with pytest.raises(ValueError, match=r"scores\.jsonl, line 1: .* of different samples"):
         search(sam, build_samples(2), top_n=1, output=output, progress=False)
-    with pytest.raises(ValueError, match="another model"):
+    with pytest.raises(ValueError, match="of different model"):
         search(build_sam(1), samples, top_n=1, output=output, progress=False)
-    with pytest.raises(ValueError, match="another sequential"):
+    with pytest.raises(ValueError, match="of different sequential"):
         search(sam, samples, top_n=1, sequential=True, output=output, progress=False)
     assert output.read_bytes() == before
 
@@ -331,7 +331,7 @@ def test_adapters_in_force_make_another_model(samples, tmp_path):
     adapted = vfmk.get_adapted_model(build_sam(), config).train()
     search(adapted.sam, samples, top_n=1, output=output, progress=False)
     assert adapted.training
-    with adapted.disable_adapter(), pytest.raises(ValueError, match="another model"):
+    with adapted.disable_adapter(), pytest.raises(ValueError, match="of different model"):
         search(adapted.sam, samples, top_n=1, output=output, progress=False)
     again = search(adapted.sam, samples, top_n=1, output=output, progress=False)
     assert again.passes == 0
@@ -363,9 +363,9 @@ def test_refuses_the_file_of_another_encoder_score_or_label(tmp_path):
     run()
     assert run().passes == 0
     for change, message in (
-        ({"factor": 2.0}, "another model"),
-        ({"score_fn": other}, "another score"),
-        ({"label": (1, [3])}, "another samples"),
+        ({"factor": 2.0}, "different model"),
+        ({"score_fn": other}, "different score"),
+        ({"label": (1, [3])}, "of different samples"),
     ):
         with pytest.raises(ValueError, match=message):
             run(**change)
@@ -441,6 +441,17 @@ def test_refuses_what_is_no_record(sam, samples, tmp_path):
         '{"pairs": [], "miou": 1, "samples": 2}\n',  # of another number of samples
         '{"pairs": [], "miou": NaN, "samples": 3}\n',
         frozen + frozen,
+        '{"pairs": [], "miou": 1, "samples": 3, "run": "mine"}\n',
+        *(
+            frozen
+            + "".join(f'{{"pairs": {pairs}, "miou": {score}, "samples": 3}}\n' for score in scores)
+            for pairs, scores in (
+                ("[[1.5, 2]]", [1]),
+                ("[[3, 3]]", [1]),
+                ("[[1, 2], [1, 3]]", [1]),
+                ("[[1, 2]]", [1, 2]),  # which?
+            )
+        ),
         "notes\n{",
         frozen + '{"pairs": [[1, 2]], "miou": 1, "samples": 2}\n',
         *(
@@ -623,6 +634,8 @@ def test_depth_from_feature_maps():
     [
         ({"samples": []}, ValueError, "no samples"),
         ({"strategy": "random"}, ValueError, "strategy must be one of exhaustive, screened"),
+        ({"audit": 3}, ValueError, "keep and audit go with"),
+        ({"keep": 0.1}, ValueError, "keep and audit go with"),
         ({"top_n": 0}, ValueError, "top_n must be from 1 to 16"),
         ({"keep": 0.0}, ValueError, "keep must be in"),
         ({"audit": -1}, ValueError, "audit must be at least 0"),
@@ -679,13 +692,19 @@ def test_dropout_in_a_decoders_lora_is_off(samples, result):
 def test_progress_says_how_fast_how_long_and_what_is_best(sam, samples, capfd):
     found = search(sam, samples, top_n=2)
     lines = capfd.readouterr().err.splitlines()
-    assert [line.split(":")[1] for line in lines] == [" pairs", " subsets"]
-    i, j = found.candidates[0]
-    best = float(found.singles[i, j])
+    assert [line.split(":")[1] for line in lines] == [" encoding", " pairs", " subsets"]
+    assert "3 of 3 images" in lines[0]
+    best = sorted(
+        (float(score), -i, -j)
+        for i, row in enumerate(found.singles)
+        for j, score in enumerate(row)
+        if i != j
+    )[:-4:-1]
+    named = ", ".join(rf"{score:.4f} \({-i}:{-j}\)" for score, i, j in best)
     assert re.fullmatch(
-        rf"search: pairs: {3 * PAIRS} of {3 * PAIRS} passes, [\d,]+ a second, 0:00:00 left,"
-        rf" best {best:.4f} \({i}:{j}\)",
-        lines[0],
+        rf"search: pairs: {3 * PAIRS} of {3 * PAIRS} passes, [\d,.]+ passes/s, 0:00:00 left,"
+        rf" best {named}",
+        lines[1],
     )
 
 

@@ -37,7 +37,7 @@ class ChannelMap:
     def __post_init__(self) -> None:
         if not isinstance(self.num_channels, int):
             raise TypeError(f"ChannelMap: num_channels must be an int, got {self.num_channels!r}")
-        pairs = tuple(_checked_pair(pair) for pair in self.pairs)
+        pairs = tuple(checked_pair(pair) for pair in self.pairs)
         object.__setattr__(self, "pairs", pairs)
         seen: dict[int, int] = {}
         for i, j in pairs:
@@ -95,7 +95,7 @@ class ChannelMap:
             raise ValueError(f"ChannelMap.load: {path} is no channel map: {error}") from error
 
 
-def _checked_pair(pair: Sequence[int]) -> Pair:
+def checked_pair(pair: Sequence[int]) -> Pair:
     if (
         not isinstance(pair, Sequence)
         or len(pair) != 2

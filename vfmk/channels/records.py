@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vfmk.channels.channel_map import Pair
+from vfmk.channels.channel_map import ChannelMap, Pair, checked_pair
 
 PairSet = tuple[Pair, ...]  # what is scored: pairs of channels, applied together
 RECORD = b'{"pairs": ['  # how each of our lines begins
@@ -63,6 +63,14 @@ class Records:
         except BaseException:
             self.close()
             raise
+
+    def check(self, channels: int) -> None:
+        """That all sets of pairs are maps of so many channels."""
+        for pairs in self.scores.keys() | self.raced:
+            try:
+                ChannelMap(pairs, channels)
+            except ValueError as error:
+                raise ValueError(f"search: {self._path or 'output'}: {error}") from None
 
     def add(self, scores: Mapping[PairSet, float]) -> None:
         """Take in and write down new scores; the frozen model's must come first."""
@@ -136,8 +144,9 @@ class Records:
     def _take(self, line: bytes, place: str) -> None:
         try:
             record = json.loads(line)
-            pairs = tuple((int(i), int(j)) for i, j in record["pairs"])
+            pairs = tuple(checked_pair(pair) for pair in record["pairs"])
             score, samples = float(record["miou"]), int(record["samples"])
+            run = dict(record.get("run", self.run))
             raced = None
             if "spread" in record:
                 raced = Raced(float(record["delta"]), float(record["spread"]), samples)
@@ -149,8 +158,8 @@ class Records:
             raise ValueError(
                 f"search: {place}: the frozen model's score must come first, and only once"
             )
-        if not pairs and record.get("run", self.run) != self.run:
-            raise ValueError(f"search: {place}: {_difference(record['run'], self.run)}")
+        if not pairs and run != self.run:
+            raise ValueError(f"search: {place}: {_difference(run, self.run)}")
         was_dropped = pairs and raced and 0 < samples < self.samples
         if samples != self.samples and not was_dropped:
             raise ValueError(
@@ -158,10 +167,10 @@ class Records:
             )
         if raced:
             self.raced[pairs] = raced
-        if not was_dropped:
-            self.scores[pairs] = score
+        if not was_dropped and self.scores.setdefault(pairs, score) != score:
+            raise ValueError(f"search: {place}: a second, different score of these pairs")
 
 
 def _difference(found: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
     names: Iterable[str] = [k for k in expected if found.get(k) != expected[k]]
-    return "the scores are of another run, with another " + " and ".join(names)
+    return f"the scores are of another run, of different {' and '.join(names)}"

@@ -4,7 +4,7 @@ With torch.distributed initialised, the encoding of the samples and the sets to 
 out, and every process gets all results.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -45,7 +45,10 @@ class Scoring:
         self.sequential = sequential
         self.progress = progress and rank() == 0
         self.passes = 0
-        self.features = _encoded(scorer, samples)
+        mine = -(-len(samples) // world_size())  # the first process's
+        self.features = _encoded(
+            scorer, samples, Report("encoding", mine, self.progress, unit="images")
+        )
         self.num_channels = _num_channels(self.features)
         self.prepared = [
             scorer.prepare(sample, features)
@@ -55,9 +58,8 @@ class Scoring:
         # The same in every process.
         self.chunk = min(_gathered(chunk_size(self.features[0], scorer.copies)))
         records.scores, records.raced = agreed((records.scores, records.raced))
-        known = records.scores.keys() | records.raced
-        _check_pairs(known, self.num_channels)
-        self.known = len(known)
+        records.check(self.num_channels)
+        self.known = len(records.scores.keys() | records.raced)
 
     def map_of(self, pairs: PairSet) -> ChannelMap:
         if self.sequential:
@@ -221,10 +223,14 @@ class Scoring:
         return overwritten, read
 
 
-def _encoded(scorer: Scorer, samples: Sequence[Any]) -> list[Tensor]:
+def _encoded(scorer: Scorer, samples: Sequence[Any], report: Report) -> list[Tensor]:
     """The features of each sample, each encoded by one process."""
+    mine = []
     # At least one each, which also says on which device this process works.
-    mine = [scorer.encode(sample) for sample in samples[rank() :: world_size()] or samples[:1]]
+    for sample in samples[rank() :: world_size()] or samples[:1]:
+        mine.append(scorer.encode(sample))
+        report.advance(1, {})
+    report.close()
     if world_size() == 1:
         return mine
     shared = _gathered([features.cpu() for features in mine])
@@ -242,15 +248,6 @@ def _num_channels(features: Sequence[Tensor]) -> int:
                 f"search: the features of one sample have {channels} channels, of another {other}"
             )
     return channels
-
-
-def _check_pairs(known: Iterable[PairSet], channels: int) -> None:
-    for pairs in known:
-        for pair in pairs:
-            if not 0 <= min(pair) <= max(pair) < channels:
-                raise ValueError(
-                    f"search: output has a score of the pair {pair}, there are {channels} channels"
-                )
 
 
 def _blocks(items: Items, size: int) -> Iterator[Items]:

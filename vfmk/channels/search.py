@@ -24,7 +24,7 @@ from vfmk.channels.digest import (
 )
 from vfmk.channels.records import PairSet, Records
 from vfmk.channels.scorers import FeatureScorer, SamScorer, Scorer
-from vfmk.channels.scoring import Scoring, rank
+from vfmk.channels.scoring import Scoring, agreed, rank
 from vfmk.channels.screened import (
     SUBSETS_AT_LEAST,
     SUBSETS_SHARE,
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from segment_anything.modeling import Sam
 
 STRATEGIES = ("exhaustive", "screened")
+KEEP = 0.09  # the default share of the passes; with the subsets and gradients below a tenth
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def search(
     score_fn: Callable[[Tensor, Any], Tensor] | None = None,
     sequential: bool = False,
     positive_only: bool = False,
-    keep: float = 0.09,
+    keep: float | None = None,
     audit: int = 0,
     output: str | PathLike[str] | None = None,
     progress: bool = True,
@@ -113,7 +114,8 @@ def search(
         sequential: apply the pairs of a subset one after the other, as the authors' early scripts
             do, instead of all at once.
         positive_only: take no candidate that scores at or below the frozen model.
-        keep: the share of the passes on all pairs that "screened" spends on them, in (0, 1].
+        keep: the share of the passes on all pairs that "screened" spends on them, in (0, 1]; by
+            default 0.09.
         audit: score so many of the pairs that "screened" passed over or dropped, drawn at random.
         output: a JSONL file of scores in the authors' format. If it exists the search goes on where
             it ended; it is locked while the search runs. A file of another model, samples, score
@@ -158,16 +160,31 @@ def search(
             "score": "IoU" if score_fn is None else digest_of_score(score_fn),
             "sequential": sequential,
         }
-    records = Records(path, run, len(samples))
+    records = _opened(path, run, len(samples))
     try:
         with _in_eval_mode(model), _in_plain_mode():
             scorer: Scorer = (
                 SamScorer(_sam_of(model)) if score_fn is None else FeatureScorer(model, score_fn)
             )
             scoring = Scoring(scorer, samples, records, sequential, progress)
-            return _search(scoring, top_n, strategy, positive_only, keep, audit)
+            share = KEEP if keep is None else keep
+            return _search(scoring, top_n, strategy, positive_only, share, audit)
     finally:
         records.close()
+
+
+def _opened(path: Path | None, run: dict[str, Any], samples: int) -> Records:
+    """What the first process finds wrong with its file stops them all."""
+    records, error = None, None
+    try:
+        records = Records(path, run, samples)
+    except (OSError, ValueError) as found:
+        error = found
+    if error := agreed(error):
+        error.by_all = True  # for the command, which then prints it once
+        raise error
+    assert records is not None
+    return records
 
 
 def _search(
@@ -254,7 +271,7 @@ def _top(singles: Tensor, top_n: int, bar: float) -> list[Pair]:
 
 
 def _check_arguments(
-    model: Any, samples: Sequence[Any], top_n: int, strategy: str, keep: float, audit: int
+    model: Any, samples: Sequence[Any], top_n: int, strategy: str, keep: float | None, audit: int
 ) -> None:
     if not samples:
         raise ValueError("search: no samples")
@@ -270,10 +287,12 @@ def _check_arguments(
         )
     if not 1 <= top_n <= 16:
         raise ValueError(f"search: top_n must be from 1 to 16, got {top_n}")
-    if not 0 < keep <= 1:
+    if keep is not None and not 0 < keep <= 1:
         raise ValueError(f"search: keep must be in (0, 1], got {keep}")
     if audit < 0:
         raise ValueError(f"search: audit must be at least 0, got {audit}")
+    if strategy == "exhaustive" and (audit or keep is not None):
+        raise ValueError('search: keep and audit go with strategy="screened"')
 
 
 def _sam_of(model: Any) -> "Sam":

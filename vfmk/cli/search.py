@@ -31,7 +31,10 @@ def search(
     strategy: Strategy = Strategy.exhaustive,
     limit: Annotated[int, Option(min=1, help="samples to search on")] = 50,
     top_n: Annotated[int, Option(help="pairs whose subsets are scored, 1 to 16")] = 10,
-    keep: Annotated[float, Option(help="share of the pairs' passes that screening spends")] = 0.09,
+    keep: Annotated[
+        float | None,
+        Option(help="share of the pairs' passes that screening spends [default: 0.09]"),
+    ] = None,
     audit: Annotated[int, Option(help="rejected pairs to look at")] = 0,
     sequential: Annotated[bool, Option(help="pairs one after the other")] = False,
     positive_only: Annotated[bool, Option(help="candidates above the frozen model alone")] = False,
