@@ -7,9 +7,12 @@
 
 #include <initializer_list>
 #include <optional>
+#include <stdexcept>
+#include <string>
 
 #include "dtype.h"
 #include "library.h"
+#include "strides.h"
 
 #if defined(VFMK_WITH_CUDA)
 #include <torch/csrc/stable/accelerator.h>
@@ -89,6 +92,27 @@ inline void* mutable_data(const MaybeTensor& tensor) {
   return tensor && tensor->numel() > 0 ? tensor->mutable_data_ptr() : nullptr;
 }
 
+inline const int64_t* positions(const MaybeTensor& index) {
+  return static_cast<const int64_t*>(data(index));
+}
+
+inline Strides strides(const Tensor& tensor) {
+  return {tensor.stride(0), tensor.stride(1), tensor.stride(2), tensor.stride(3)};
+}
+
+// Rows that follow one another without a gap in every activation become one.
+template <typename Problem>
+void merge_rows(Problem& problem, std::initializer_list<Strides*> activations) {
+  for (const Strides* strides : activations) {
+    const int64_t step = problem.channels_last ? strides->column : 1;
+    if (strides->row != problem.columns * step) return;
+  }
+  problem.columns *= problem.rows;
+  problem.rows = 1;
+  if (problem.channels_last) return;
+  for (Strides* strides : activations) strides->column = 1;  // of one column it was any
+}
+
 inline Tensor new_workspace(int64_t floats, const Tensor& like) {
   return torch::stable::empty({floats}, ScalarType::Float, std::nullopt, like.device());
 }
@@ -100,6 +124,10 @@ enum class Layout {
   packed,  // without gaps, the dimensions in any order
   contiguous,
 };
+
+inline Layout activation_layout(bool channels_last) {
+  return channels_last ? Layout::dense_channels : Layout::dense_last;
+}
 
 inline const char* describe(Layout layout) {
   switch (layout) {
@@ -152,6 +180,16 @@ inline void check_arguments(const char* op, ScalarType dtype,
     STD_TORCH_CHECK(tensor->scalar_type() == dtype, op, ": ", name, " must be ", toString(dtype),
                     ", got ", toString(tensor->scalar_type()));
     STD_TORCH_CHECK(has_layout(*tensor, layout), op, ": ", name, " must be ", describe(layout));
+  }
+}
+
+// Python knows the exception as an IndexError.
+inline void check_range(const char* op, const Tensor& index, int64_t channels) {
+  const int64_t* position = positions(index);
+  for (const int64_t* end = position + index.numel(); position < end; ++position) {
+    if (*position >= 0 && *position < channels) continue;
+    throw std::out_of_range(std::string(op) + ": index holds " + std::to_string(*position) +
+                            ", input has " + std::to_string(channels) + " channels");
   }
 }
 

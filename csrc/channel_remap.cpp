@@ -4,9 +4,6 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include <stdexcept>
-#include <string>
-
 #include "boundary.h"
 
 namespace vfmk::channel_remap {
@@ -40,14 +37,6 @@ namespace {
 
 constexpr const char* NAME = "channel_remap";
 
-Strides strides(const Tensor& tensor) {
-  return {tensor.stride(0), tensor.stride(1), tensor.stride(2), tensor.stride(3)};
-}
-
-const int64_t* positions(const Tensor& index) {
-  return static_cast<const int64_t*>(index.const_data_ptr());
-}
-
 // `output` is the output or grad_output, both [N,C',rows,columns]; `index` is [maps,C'].
 Problem describe(const Tensor& output, const Tensor& index, int64_t input_channels,
                  bool channels_last) {
@@ -64,26 +53,10 @@ Problem describe(const Tensor& output, const Tensor& index, int64_t input_channe
   return problem;
 }
 
-// Rows that follow one another without a gap in every activation become one.
-void merge_rows(Problem& problem, std::initializer_list<Strides*> activations) {
-  for (const Strides* strides : activations) {
-    const int64_t step = problem.channels_last ? strides->column : 1;
-    if (strides->row != problem.columns * step) return;
-  }
-  problem.columns *= problem.rows;
-  problem.rows = 1;
-  if (problem.channels_last) return;
-  for (Strides* strides : activations) strides->column = 1;  // of one column it was any
-}
-
-Layout input_layout(bool channels_last) {
-  return channels_last ? Layout::dense_channels : Layout::dense_last;
-}
-
 Problem describe_forward(const Tensor& input, const Tensor& index, const MaybeTensor& scale,
                          bool channels_last, const Tensor& output) {
   check_arguments(NAME, output.scalar_type(),
-                  {{"input", input, input_layout(channels_last)},
+                  {{"input", input, activation_layout(channels_last)},
                    {"scale", scale, Layout::contiguous},
                    {"output", output, Layout::packed}});
   check_arguments(NAME, ScalarType::Long, {{"index", index, Layout::contiguous}});
@@ -98,7 +71,7 @@ Problem describe_backward(const Tensor& grad_output, const MaybeTensor& input, c
                           const MaybeTensor& grad_input, const MaybeTensor& grad_scale) {
   check_arguments(NAME, grad_output.scalar_type(),
                   {{"grad_output", grad_output, Layout::packed},
-                   {"input", input, input_layout(channels_last)},
+                   {"input", input, activation_layout(channels_last)},
                    {"scale", scale, Layout::contiguous},
                    {"grad_input", grad_input, Layout::packed},
                    {"grad_scale", grad_scale, Layout::contiguous}});
@@ -122,18 +95,9 @@ Backward pointers(const Tensor& grad_output, const MaybeTensor& input, const Ten
           workspace.mutable_data_ptr()};
 }
 
-void check_range(const Tensor& index, int64_t channels) {
-  const int64_t* position = positions(index);
-  for (const int64_t* end = position + index.numel(); position < end; ++position) {
-    if (*position >= 0 && *position < channels) continue;
-    throw std::out_of_range(std::string(NAME) + ": index holds " + std::to_string(*position) +
-                            ", input has " + std::to_string(channels) + " channels");
-  }
-}
-
 void forward_cpu(Tensor input, Tensor index, MaybeTensor scale, bool channels_last, Tensor output) {
   const Problem problem = describe_forward(input, index, scale, channels_last, output);
-  check_range(index, problem.input_channels);  // Python knows the exception as an IndexError
+  check_range(NAME, index, problem.input_channels);
   cpu::forward(problem,
                {input.const_data_ptr(), positions(index), data(scale), output.mutable_data_ptr()});
 }

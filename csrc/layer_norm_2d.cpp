@@ -20,14 +20,6 @@ namespace {
 
 constexpr const char* NAME = "layer_norm_2d";
 
-Strides strides(const Tensor& tensor) {
-  return {tensor.stride(0), tensor.stride(1), tensor.stride(2), tensor.stride(3)};
-}
-
-const int64_t* positions(const MaybeTensor& index) {
-  return static_cast<const int64_t*>(data(index));
-}
-
 // `output` is the output or grad_output.
 Problem describe(const Tensor& input, const Tensor& output, bool channels_last) {
   Problem problem{};
@@ -43,14 +35,10 @@ Problem describe(const Tensor& input, const Tensor& output, bool channels_last) 
   return problem;
 }
 
-Layout input_layout(bool channels_last) {
-  return channels_last ? Layout::dense_channels : Layout::dense_last;
-}
-
 void forward_cpu(Tensor input, Tensor weight, Tensor bias, MaybeTensor index, double eps,
                  bool channels_last, Tensor output, Tensor mean, Tensor rstd) {
   check_arguments(NAME, input.scalar_type(),
-                  {{"input", input, input_layout(channels_last)},
+                  {{"input", input, activation_layout(channels_last)},
                    {"weight", weight, Layout::contiguous},
                    {"bias", bias, Layout::contiguous},
                    {"output", output, Layout::packed}});
@@ -59,6 +47,8 @@ void forward_cpu(Tensor input, Tensor weight, Tensor bias, MaybeTensor index, do
                   {{"mean", mean, Layout::contiguous}, {"rstd", rstd, Layout::contiguous}});
   Problem problem = describe(input, output, channels_last);
   problem.eps = static_cast<float>(eps);
+  merge_rows(problem, {&problem.input, &problem.output});
+  if (index) check_range(NAME, *index, problem.input_channels);
   const Tensor workspace = new_workspace(cpu::forward_workspace_floats(problem), input);
   cpu::forward(problem, {input.const_data_ptr(), weight.const_data_ptr(), bias.const_data_ptr(),
                          positions(index), output.mutable_data_ptr(),
@@ -72,7 +62,7 @@ void backward_cpu(Tensor grad_output, Tensor input, Tensor weight, MaybeTensor i
                   MaybeTensor grad_bias) {
   check_arguments(NAME, input.scalar_type(),
                   {{"grad_output", grad_output, Layout::packed},
-                   {"input", input, input_layout(channels_last)},
+                   {"input", input, activation_layout(channels_last)},
                    {"weight", weight, Layout::contiguous},
                    {"grad_input", grad_input, Layout::packed},
                    {"grad_weight", grad_weight, Layout::contiguous},
@@ -81,7 +71,8 @@ void backward_cpu(Tensor grad_output, Tensor input, Tensor weight, MaybeTensor i
   check_arguments(NAME, ScalarType::Float,
                   {{"mean", mean, Layout::contiguous}, {"rstd", rstd, Layout::contiguous}});
   Problem problem = describe(input, grad_output, channels_last);
-  if (grad_input) problem.grad_input = strides(*grad_input);
+  problem.grad_input = strides(grad_input.value_or(grad_output));  // in place of none, one like it
+  merge_rows(problem, {&problem.output, &problem.input, &problem.grad_input});
   const Tensor workspace = new_workspace(cpu::backward_workspace_floats(problem), input);
   cpu::backward(problem,
                 {grad_output.const_data_ptr(), input.const_data_ptr(), weight.const_data_ptr(),

@@ -8,12 +8,9 @@
 #include <cstdint>
 
 #include "dtype.h"
+#include "strides.h"
 
 namespace vfmk::layer_norm_2d {
-
-struct Strides {  // in elements
-  int64_t batch, channel, row, column;
-};
 
 struct Problem {
   DType dtype;         // of every tensor but mean and rstd; sums are fp32
@@ -43,12 +40,5 @@ struct Backward {
   void *grad_input, *grad_weight, *grad_bias;
   float* workspace;  // backward_workspace_floats(problem) of them, uninitialised
 };
-
-namespace cpu {
-int64_t forward_workspace_floats(const Problem& problem);
-int64_t backward_workspace_floats(const Problem& problem);
-void forward(const Problem& problem, const Forward& arguments);
-void backward(const Problem& problem, const Backward& arguments);
-}  // namespace cpu
 
 }  // namespace vfmk::layer_norm_2d

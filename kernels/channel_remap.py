@@ -10,10 +10,9 @@ Mapping. A program owns a tile of one sample's pixels. In NCHW it has one channe
 wide; in channels-last BLOCK_PIXELS pixels of BLOCK_CHANNELS channels, whose reads scatter within
 the pixels' rows (which the first-level cache holds) and whose writes are dense. Backward goes by
 the inverse of the map, so that each element is written once: for each input channel its readers in
-ascending order, which are added up in a loop. `_invert` makes it by counting, without a sort: the
-readers of channel c start where as many outputs read a smaller channel. The same loop sums
-grad_output times input for grad_scale, a partial sum for each program, which are then added in a
-fixed order: no atomics, the same bits on each run.
+ascending order, which are added up in a loop. The same loop sums grad_output times input for
+grad_scale, a partial sum for each program, which are then added in a fixed order: no atomics, the
+same bits on each run.
 
 Bytes to and from memory, for N elements of s bytes in and out: forward 2Ns; backward 2Ns, with
 grad_scale 3Ns. An index outside the input reads nothing and becomes NaN, and so does its gradient
@@ -25,34 +24,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vfmk.kernels._channel_maps import inverse, is_one_row, pixel_offsets
+
 __all__ = ["backward", "forward"]
 
 PIXELS = 1024  # of an NCHW program: 8 elements for each of 128 threads
 TILE_PIXELS, TILE_CHANNELS = 8, 128  # of a channels-last program
-INVERTED, SCANNED = 32, 64  # channels of a program of _invert, and indices that it takes at a time
 
 # These ask for no new compilation. Other sizes and strides do, once for each of whether 16 divides
 # them: for 16-byte accesses.
 _RUNTIME = ["samples", "columns"]
-
-
-@triton.jit
-def _offsets(
-    pixel, columns, row_stride, column_stride,
-    CHANNELS_LAST: tl.constexpr, ONE_ROW: tl.constexpr,
-):  # fmt: skip
-    """Of pixels from the sample's first; in NCHW, columns are dense."""
-    if ONE_ROW:
-        row = 0
-        column = pixel
-    else:
-        row = pixel // columns
-        column = pixel % columns
-    if CHANNELS_LAST:
-        offset = row * tl.cast(row_stride, tl.int64) + column * tl.cast(column_stride, tl.int64)
-    else:
-        offset = row * tl.cast(row_stride, tl.int64) + column
-    return offset
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
@@ -84,8 +65,8 @@ def _forward_kernel(
     if scale is not None:
         factor = tl.load(scale + entry, mask=present, other=0).to(tl.float32)
 
-    from_pixel = _offsets(pixel, columns, input_row, input_column, CHANNELS_LAST, ONE_ROW)
-    to_pixel = _offsets(pixel, columns, output_row, output_column, CHANNELS_LAST, ONE_ROW)
+    from_pixel = pixel_offsets(pixel, columns, input_row, input_column, CHANNELS_LAST, ONE_ROW)
+    to_pixel = pixel_offsets(pixel, columns, output_row, output_column, CHANNELS_LAST, ONE_ROW)
     input += sample * input_batch
     output += sample * output_batch
     exists = pixel < pixels
@@ -108,37 +89,6 @@ def _forward_kernel(
         value = (value.to(tl.float32) * factor).to(output.dtype.element_ty)
     value = tl.where(valid, value, float("nan"))
     tl.store(to_pointers, value, mask=mask)
-
-
-@triton.jit(do_not_specialize=["input_channels", "output_channels"])
-def _invert(
-    index, starts, readers, input_channels, output_channels,
-    BLOCK: tl.constexpr, SCAN: tl.constexpr,
-):  # fmt: skip
-    """starts [maps, C + 1] and readers [maps, C']; those of c end where those of c + 1 start."""
-    blocks = tl.cdiv(input_channels + 1, BLOCK)
-    map = (tl.program_id(0) // blocks).to(tl.int64)
-    channel = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
-    index += map * output_channels
-    starts += map * (input_channels + 1)
-    readers += map * output_channels
-    smaller = tl.zeros([BLOCK], tl.int32)
-    for first in range(0, output_channels, SCAN):
-        reader = first + tl.arange(0, SCAN)
-        read = tl.load(index + reader, mask=reader < output_channels, other=2**62)
-        smaller += tl.sum((read[None, :] < channel[:, None]).to(tl.int32), axis=1)
-    tl.store(starts + channel, smaller, mask=channel <= input_channels)
-    place = smaller
-    for first in range(0, output_channels, SCAN):
-        reader = first + tl.arange(0, SCAN)
-        read = tl.load(index + reader, mask=reader < output_channels, other=2**62)
-        reads = (read[None, :] == channel[:, None]) & (channel[:, None] < input_channels)
-        count = reads.to(tl.int32)
-        before = tl.cumsum(count, axis=1) - count
-        targets = readers + place[:, None] + before
-        values = tl.broadcast_to(reader[None, :], [BLOCK, SCAN])
-        tl.store(targets, values, mask=reads)
-        place += tl.sum(count, axis=1)
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
@@ -168,7 +118,7 @@ def _backward_kernel(
     first = tl.load(starts + map * (input_channels + 1) + channel, mask=present, other=0)
     last = tl.load(starts + map * (input_channels + 1) + channel + 1, mask=present, other=0)
     exists = pixel < pixels
-    from_pixel = _offsets(pixel, columns, output_row, output_column, CHANNELS_LAST, ONE_ROW)
+    from_pixel = pixel_offsets(pixel, columns, output_row, output_column, CHANNELS_LAST, ONE_ROW)
     grad_output += sample * output_batch
     if CHANNELS_LAST:
         mask = exists[:, None] & present[None, :]
@@ -177,7 +127,7 @@ def _backward_kernel(
         mask = present[:, None] & exists[None, :]
         total = tl.zeros([BLOCK_CHANNELS, BLOCK_PIXELS], tl.float32)
     if sums is not None:
-        own_pixel = _offsets(pixel, columns, input_row, input_column, CHANNELS_LAST, ONE_ROW)
+        own_pixel = pixel_offsets(pixel, columns, input_row, input_column, CHANNELS_LAST, ONE_ROW)
         input += sample * input_batch
         if CHANNELS_LAST:
             pointers = input + own_pixel[:, None] + channel[None, :]
@@ -212,7 +162,7 @@ def _backward_kernel(
             total += gradient * factor[:, None]
 
     if grad_input is not None:
-        to_pixel = _offsets(pixel, columns, grad_row, grad_column, CHANNELS_LAST, ONE_ROW)
+        to_pixel = pixel_offsets(pixel, columns, grad_row, grad_column, CHANNELS_LAST, ONE_ROW)
         grad_input += sample * grad_batch
         if CHANNELS_LAST:
             pointers = grad_input + to_pixel[:, None] + channel[None, :]
@@ -239,7 +189,7 @@ def forward(
             *(batch // index.shape[0], input.shape[1], channels, columns, rows * columns),
             *(*input.stride(), *output.stride()),
             *(block_pixels, block_channels, channels_last),
-            _is_one_row(channels_last, input, output),
+            is_one_row(channels_last, input, output),
         )
 
 
@@ -263,11 +213,7 @@ def backward(
     block_pixels, block_channels = _tile(channels_last, input_channels)
     tiles = triton.cdiv(rows * columns, block_pixels)
     with torch.cuda.device_of(grad_output):
-        starts = index.new_empty((maps, input_channels + 1), dtype=torch.int32)
-        readers = index.new_empty((maps, channels), dtype=torch.int32)
-        _invert[maps * triton.cdiv(input_channels + 1, INVERTED),](
-            index, starts, readers, input_channels, channels, INVERTED, SCANNED
-        )
+        starts, readers = inverse(index, input_channels)
         sums = None
         if grad_scale is not None:
             parts = (maps, batch // maps * tiles, channels)
@@ -280,20 +226,11 @@ def backward(
             *((0,) * 4 if input is None or sums is None else input.stride()),
             *((0,) * 4 if grad_input is None else grad_input.stride()),
             *(block_pixels, block_channels, channels_last),
-            _is_one_row(channels_last, grad_output, input, grad_input),
+            is_one_row(channels_last, grad_output, input, grad_input),
         )
         if grad_scale is not None and sums is not None:
             outside = (index < 0) | (index >= input_channels)  # nobody summed those
             grad_scale.copy_(sums.sum(1).masked_fill_(outside, torch.nan))
-
-
-def _is_one_row(channels_last: bool, *activations: Tensor | None) -> bool:
-    """Whether rows follow one another without a gap."""
-    return all(
-        activation.stride(2) == activation.shape[3] * (activation.stride(3) if channels_last else 1)
-        for activation in activations
-        if activation is not None
-    )
 
 
 def _tile(channels_last: bool, channels: int) -> tuple[int, int]:

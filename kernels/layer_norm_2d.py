@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vfmk.kernels.channel_remap import INVERTED, SCANNED, _invert
+from vfmk.kernels._channel_maps import inverse, is_one_row, pixel_offsets
 
 __all__ = ["backward", "forward"]
 
@@ -40,25 +40,6 @@ TILE_PIXELS, TILE_CHANNELS = 16, 128  # of a channels-last block
 # These ask for no new compilation. Other sizes and strides do, once for each of whether 16 divides
 # them: for 16-byte accesses.
 _RUNTIME = ["columns"]
-
-
-@triton.jit
-def _offsets(
-    pixel, columns, row_stride, column_stride,
-    CHANNELS_LAST: tl.constexpr, ONE_ROW: tl.constexpr,
-):  # fmt: skip
-    """Of pixels from the sample's first; in NCHW, columns are dense."""
-    if ONE_ROW:
-        row = 0
-        column = pixel
-    else:
-        row = pixel // columns
-        column = pixel % columns
-    if CHANNELS_LAST:
-        offset = row * tl.cast(row_stride, tl.int64) + column * tl.cast(column_stride, tl.int64)
-    else:
-        offset = row * tl.cast(row_stride, tl.int64) + column
-    return offset
 
 
 @triton.jit
@@ -81,8 +62,8 @@ def _forward(
     sample = (tl.program_id(0) // tiles).to(tl.int64)
     pixel = tl.program_id(0) % tiles * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)
     exists = pixel < pixels
-    from_pixel = _offsets(pixel, columns, input_row, input_column, CHANNELS_LAST, ONE_ROW)
-    to_pixel = _offsets(pixel, columns, output_row, output_column, CHANNELS_LAST, ONE_ROW)
+    from_pixel = pixel_offsets(pixel, columns, input_row, input_column, CHANNELS_LAST, ONE_ROW)
+    to_pixel = pixel_offsets(pixel, columns, output_row, output_column, CHANNELS_LAST, ONE_ROW)
     input += sample * input_batch
     output += sample * output_batch
 
@@ -169,8 +150,8 @@ def _backward(
     place = sample * pixels + pixel
     average = tl.load(mean + place, mask=exists, other=0)
     scale = tl.load(rstd + place, mask=exists, other=0)
-    from_pixel = _offsets(pixel, columns, output_row, output_column, CHANNELS_LAST, ONE_ROW)
-    own_pixel = _offsets(pixel, columns, input_row, input_column, CHANNELS_LAST, ONE_ROW)
+    from_pixel = pixel_offsets(pixel, columns, output_row, output_column, CHANNELS_LAST, ONE_ROW)
+    own_pixel = pixel_offsets(pixel, columns, input_row, input_column, CHANNELS_LAST, ONE_ROW)
     grad_output += sample * output_batch
     input += sample * input_batch
 
@@ -200,7 +181,7 @@ def _backward(
     if grad_input is not None:
         total = total / input_channels
         along = along / input_channels
-        to_pixel = _offsets(pixel, columns, grad_row, grad_column, CHANNELS_LAST, ONE_ROW)
+        to_pixel = pixel_offsets(pixel, columns, grad_row, grad_column, CHANNELS_LAST, ONE_ROW)
         grad_input += sample * grad_batch
         for first in range(0, input_channels, BLOCK_CHANNELS):
             channel = first + tl.arange(0, BLOCK_CHANNELS)
@@ -238,7 +219,8 @@ def forward(
             *(input, weight, bias, index, output, mean, rstd, eps),
             *(input.shape[1], channels, columns, rows * columns),
             *(*input.stride(), *output.stride()),
-            *(block_pixels, block_channels, channels_last, rows == 1),
+            *(block_pixels, block_channels, channels_last),
+            is_one_row(channels_last, input, output),
         )
 
 
@@ -260,11 +242,7 @@ def backward(
     with torch.cuda.device_of(input):
         starts = readers = sums = None
         if index is not None:
-            starts = index.new_empty(channels + 1, dtype=torch.int32)
-            readers = torch.empty_like(index, dtype=torch.int32)
-            _invert[triton.cdiv(channels + 1, INVERTED),](
-                index, starts, readers, channels, len(index), INVERTED, SCANNED
-            )
+            starts, readers = inverse(index[None], channels)
         if grad_weight is not None or grad_bias is not None:
             sums = mean.new_empty((programs, 2, channels))
         _backward[programs,](
@@ -272,7 +250,8 @@ def backward(
             *(channels, columns, rows * columns),
             *(*grad_output.stride(), *input.stride()),
             *((0,) * 4 if grad_input is None else grad_input.stride()),
-            *(block_pixels, block_channels, channels_last, rows == 1),
+            *(block_pixels, block_channels, channels_last),
+            is_one_row(channels_last, grad_output, input, grad_input),
         )
         if sums is not None:
             for gradient, total in zip((grad_bias, grad_weight), sums.sum(0), strict=True):

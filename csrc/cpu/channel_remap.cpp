@@ -17,67 +17,22 @@
 #include "../channel_remap.h"
 
 #include <cstring>
-#include <type_traits>
 
 #include "../parallel.h"
-#include "integers.h"
-#include "vector.h"
+#include "channel_map.h"
 
 namespace vfmk::channel_remap::cpu::VFMK_ISA {
 namespace {
 
-constexpr int64_t GRAIN = 1 << 15;      // elements that are worth a thread
 constexpr int64_t PIXELS = 512;         // of a channels-last item
-constexpr int COUNT = 4;                // pixels of an item that are worked on together
 constexpr int BLOCK = 8;                // vectors of one channel between two uses of its readers
 constexpr int64_t STREAMED = 16 << 20;  // bytes of a result that no cache keeps for its reader
 
-int64_t grain(int64_t elements) { return ceil_div(GRAIN, elements + 1); }
-
-// Consecutive pixels of one sample's row in a channels-last problem.
-struct Pixels {
-  int64_t sample, row, column, count;
-
-  static int64_t chunks(const Problem& problem) {
-    return problem.rows * ceil_div(problem.columns, PIXELS);
-  }
-  Pixels(const Problem& problem, int64_t item) {
-    const int64_t across = ceil_div(problem.columns, PIXELS);
-    sample = item / (problem.rows * across);
-    row = item / across % problem.rows;
-    column = item % across * PIXELS;
-    count = minimum(problem.columns - column, PIXELS);
-  }
-  template <typename Element>
-  Element* at(Element* data, const Strides& strides) const {
-    return data + sample * strides.batch + row * strides.row + column * strides.column;
-  }
-  // function(count, first pixel) for COUNT pixels at a time, then for single ones.
-  template <typename Function>
-  void in_steps(const Function& function) const {
-    int64_t pixel = 0;
-    for (; pixel + COUNT <= count; pixel += COUNT) {
-      function(std::integral_constant<int, COUNT>{}, pixel);
-    }
-    for (; pixel < count; ++pixel) function(std::integral_constant<int, 1>{}, pixel);
-  }
-};
+using Item = Pixels<PIXELS>;
 
 template <typename Format>
 float element(const typename Format::Element* data, int64_t at) {
   return data == nullptr ? 1.0f : load<Format>(data + at, 1)[0];
-}
-
-// In whole vectors, as it will be read: a load waits for stores that are parts of it.
-template <typename Format>
-void copy(typename Format::Element* to, const typename Format::Element* from, int64_t count) {
-  int64_t x = 0;
-  for (; x + LANES <= count; x += LANES) {
-    typename Format::Raw raw;
-    std::memcpy(&raw, from + x, sizeof raw);
-    std::memcpy(to + x, &raw, sizeof raw);
-  }
-  std::memcpy(to + x, from + x, (count - x) * sizeof *to);
 }
 
 // A whole vector past the caches; `to` is aligned to it.
@@ -174,40 +129,6 @@ void forward_planes(const Problem& problem, const Forward& arguments) {
   parallel_for(items, grain(problem.rows * problem.columns), body);
 }
 
-// How a row of channels is put in order: what is copied in place, then what is moved.
-struct Moves {
-  int64_t copied = 0, count = 0;
-  int32_t* to;    // [count]
-  int32_t* from;  // [count]
-
-  static int64_t words(int64_t channels) { return 2 * channels; }
-
-  // Place c takes element index[c] of a row that has `available`.
-  Moves(void* memory, int64_t channels, int64_t available, const int64_t* index)
-      : to(static_cast<int32_t*>(memory)), from(to + channels) {
-    int64_t staying = 0;
-    for (int64_t c = 0; c < channels; ++c) staying += index[c] == c;
-    if (2 * staying >= channels) copied = minimum(channels, available);
-    for (int64_t c = 0; c < channels; ++c) {
-      if (c < copied && index[c] == c) continue;
-      to[count] = c;
-      from[count++] = index[c];
-    }
-  }
-
-  template <typename Format, int N, typename Element = typename Format::Element>
-  void apply(const Element* row, int64_t step, Element* target, int64_t target_step) const {
-    for (int p = 0; p < N && copied > 0; ++p) {
-      copy<Format>(target + p * target_step, row + p * step, copied);
-    }
-    for (int64_t m = 0; m < count; ++m) {
-      Element values[N];
-      for (int p = 0; p < N; ++p) values[p] = row[p * step + from[m]];
-      for (int p = 0; p < N; ++p) target[p * target_step + to[m]] = values[p];
-    }
-  }
-};
-
 // Elements from one pixel's row to the next: whole vectors, and one more, lest all rows of a power
 // of two channels meet in the same sets of the cache.
 int64_t pitch(int64_t channels) { return round_up(channels, LANES) + LANES; }
@@ -217,7 +138,7 @@ void forward_pixels(const Problem& problem, const Forward& arguments) {
   using Element = typename Format::Element;
   const int64_t channels = problem.output_channels;
   const int64_t step = pitch(channels);
-  const int64_t items = problem.maps * problem.samples * Pixels::chunks(problem);
+  const int64_t items = problem.maps * problem.samples * Item::chunks(problem);
   const auto body = [&](int64_t begin, int64_t end) {
     const Target<Format> output(problem, arguments.output, problem.output, channels);
     // Per thread: rows in order | moves.
@@ -225,7 +146,7 @@ void forward_pixels(const Problem& problem, const Forward& arguments) {
     auto* rows = reinterpret_cast<Element*>(scratch);
     void* memory = scratch + COUNT * step;
     for (int64_t item = begin; item < end; ++item) {
-      const Pixels pixels(problem, item);
+      const Item pixels(problem, item);
       const int64_t map = pixels.sample / problem.samples;
       const int64_t* index = arguments.index + map * channels;
       const Moves moves(memory, channels, problem.input_channels, index);
@@ -258,32 +179,8 @@ void forward_pixels(const Problem& problem, const Forward& arguments) {
   parallel_for(items, grain(PIXELS * channels), body);
 }
 
-// A map's inverse: the readers of channel c are readers[starts[c]] ... readers[starts[c + 1] - 1].
-struct Inverse {
-  int32_t* starts;   // [input_channels + 1]
-  int32_t* readers;  // [output_channels]
-
-  static int64_t words(const Problem& problem) {
-    return problem.input_channels + 1 + problem.output_channels;
-  }
-  Inverse(const Problem& problem, void* workspace, int64_t map)
-      : starts(static_cast<int32_t*>(workspace) + map * words(problem)),
-        readers(starts + problem.input_channels + 1) {}
-
-  void count(const Problem& problem, const int64_t* index) const {
-    for (int64_t c = 0; c <= problem.input_channels; ++c) starts[c] = 0;
-    for (int64_t c = 0; c < problem.output_channels; ++c) ++starts[index[c] + 1];
-    for (int64_t c = 0; c < problem.input_channels; ++c) starts[c + 1] += starts[c];
-    for (int64_t c = 0; c < problem.output_channels; ++c) readers[starts[index[c]]++] = c;
-    for (int64_t c = problem.input_channels; c > 0; --c) starts[c] = starts[c - 1];
-    starts[0] = 0;
-  }
-};
-
 // Sums of grad_scale: workspace[sample][part][output channel], after the inverses.
-int64_t parts(const Problem& problem) {
-  return problem.channels_last ? Pixels::chunks(problem) : 1;
-}
+int64_t parts(const Problem& problem) { return problem.channels_last ? Item::chunks(problem) : 1; }
 float* sums_of(const Problem& problem, void* workspace, int64_t part) {
   return static_cast<float*>(workspace) + problem.maps * Inverse::words(problem) +
          part * problem.output_channels;
@@ -434,7 +331,7 @@ void backward_pixels(const Problem& problem, const Backward& arguments) {
     Vec* sums = planes + inputs;
     float* factors = reinterpret_cast<float*>(sums + outputs / LANES);
     for (int64_t item = begin; item < end; ++item) {
-      const Pixels pixels(problem, item);
+      const Item pixels(problem, item);
       const int64_t map = pixels.sample / problem.samples;
       const int64_t* index = arguments.index + map * problem.output_channels;
       const Inverse inverse(problem, arguments.workspace, map);
@@ -483,7 +380,7 @@ void backward_pixels(const Problem& problem, const Backward& arguments) {
       }
     }
   };
-  parallel_for(problem.maps * problem.samples * Pixels::chunks(problem),
+  parallel_for(problem.maps * problem.samples * Item::chunks(problem),
                grain(PIXELS * problem.output_channels), body);
 }
 
@@ -523,7 +420,7 @@ void forward(const Problem& problem, const Forward& arguments) {
 void backward(const Problem& problem, const Backward& arguments) {
   for (int64_t map = 0; map < problem.maps; ++map) {
     Inverse(problem, arguments.workspace, map)
-        .count(problem, arguments.index + map * problem.output_channels);
+        .find(problem, arguments.index + map * problem.output_channels);
   }
   with_format(problem.dtype, [&](auto format) {
     using Format = decltype(format);

@@ -26,24 +26,18 @@
 
 #include <cmath>
 #include <cstring>
-#include <type_traits>
 
 #include "../parallel.h"
-#include "integers.h"
-#include "vector.h"
+#include "channel_map.h"
 
 namespace vfmk::layer_norm_2d::cpu::VFMK_ISA {
 namespace {
 
 constexpr int VECTORS = 8;  // of pixels of a tile
 constexpr int64_t PIXELS = VECTORS * LANES;
-constexpr int COUNT = 4;            // pixels that are worked on together in channels-last
-constexpr int64_t BLOCK = 16;       // that are summed up by themselves: long sums round more
-constexpr int64_t GRAIN = 1 << 15;  // elements that are worth a thread
-constexpr int64_t PART_TILES = 2;   // at least
+constexpr int64_t BLOCK = 16;      // that are summed up by themselves: long sums round more
+constexpr int64_t PART_TILES = 2;  // at least
 constexpr int64_t MOST_PARTS = 64;
-
-int64_t grain(int64_t elements) { return ceil_div(GRAIN, elements + 1); }
 
 Vec sqrt(Vec value) {
 #if defined(__AVX512F__)
@@ -56,51 +50,14 @@ Vec sqrt(Vec value) {
 #endif
 }
 
-// In whole vectors: a load waits for stores that are parts of it, and memory is not read before
-// whole lines of it are written.
-template <typename Format>
-void copy(typename Format::Element* to, const typename Format::Element* from, int64_t count) {
-  int64_t x = 0;
-  for (; x + LANES <= count; x += LANES) {
-    typename Format::Raw raw;
-    std::memcpy(&raw, from + x, sizeof raw);
-    std::memcpy(to + x, &raw, sizeof raw);
-  }
-  std::memcpy(to + x, from + x, (count - x) * sizeof *to);
+using Tile = Pixels<PIXELS>;
+
+int64_t tiles_of(const Problem& problem) { return problem.batch * Tile::chunks(problem); }
+
+// Of a tile's first pixel in mean and rstd.
+int64_t place_of(const Problem& problem, const Tile& tile) {
+  return (tile.sample * problem.rows + tile.row) * problem.columns + tile.column;
 }
-
-// Up to PIXELS consecutive pixels of one sample's row.
-struct Tile {
-  int64_t sample, row, column, count;
-
-  static int64_t number(const Problem& problem) {
-    return problem.batch * problem.rows * ceil_div(problem.columns, PIXELS);
-  }
-  Tile(const Problem& problem, int64_t item) {
-    const int64_t across = ceil_div(problem.columns, PIXELS);
-    sample = item / (problem.rows * across);
-    row = item / across % problem.rows;
-    column = item % across * PIXELS;
-    count = minimum(problem.columns - column, PIXELS);
-  }
-  template <typename Element>
-  Element* at(Element* data, const Strides& strides, int64_t column_stride) const {
-    return data + sample * strides.batch + row * strides.row + column * column_stride;
-  }
-  // Of the first pixel in mean and rstd.
-  int64_t place(const Problem& problem) const {
-    return (sample * problem.rows + row) * problem.columns + column;
-  }
-  // function(count, first pixel) for COUNT pixels at a time, then for single ones.
-  template <typename Function>
-  void in_steps(const Function& function) const {
-    int64_t pixel = 0;
-    for (; pixel + COUNT <= count; pixel += COUNT) {
-      function(std::integral_constant<int, COUNT>{}, pixel);
-    }
-    for (; pixel < count; ++pixel) function(std::integral_constant<int, 1>{}, pixel);
-  }
-};
 
 // Lanes of vector v that `count` elements fill.
 int64_t filled(int64_t count, int64_t v) { return clamp(count - v * LANES, 0, LANES); }
@@ -109,59 +66,6 @@ template <typename Format>
 float element(const void* data, int64_t at) {
   return load<Format>(static_cast<const typename Format::Element*>(data) + at, 1)[0];
 }
-
-// How a row of channels is put in order: what is copied in place, then what is moved.
-struct Moves {
-  int32_t* numbers;  // [2]: channels copied, channels moved
-  int32_t* to;       // [output_channels]
-  int32_t* from;     // [output_channels]
-
-  static int64_t words(const Problem& problem) { return 2 + 2 * problem.output_channels; }
-  Moves(const Problem& problem, void* workspace)
-      : numbers(static_cast<int32_t*>(workspace)),
-        to(numbers + 2),
-        from(to + problem.output_channels) {}
-  int64_t copied() const { return numbers[0]; }
-  int64_t count() const { return numbers[1]; }
-
-  void find(const Problem& problem, const int64_t* index) const {
-    const int64_t channels = problem.output_channels;
-    int64_t staying = 0, moved = 0;
-    for (int64_t c = 0; c < channels; ++c) staying += index[c] == c;
-    numbers[0] = 2 * staying >= channels ? minimum(channels, problem.input_channels) : 0;
-    for (int64_t c = 0; c < channels; ++c) {
-      if (c < copied() && index[c] == c) continue;
-      to[moved] = c;
-      from[moved++] = index[c];
-    }
-    numbers[1] = moved;
-  }
-};
-
-// The readers of channel c are readers[starts[c]] ... readers[starts[c + 1] - 1], ascending.
-struct Inverse {
-  int32_t* starts;   // [input_channels + 1]
-  int32_t* readers;  // [output_channels]
-
-  static int64_t words(const Problem& problem) {
-    return problem.input_channels + 1 + problem.output_channels;
-  }
-  Inverse(const Problem& problem, void* workspace)
-      : starts(static_cast<int32_t*>(workspace)), readers(starts + problem.input_channels + 1) {}
-
-  void find(const Problem& problem, const int64_t* index) const {
-    const auto source = [&](int64_t c) { return index == nullptr ? c : index[c]; };
-    for (int64_t c = 0; c <= problem.input_channels; ++c) starts[c] = 0;
-    for (int64_t c = 0; c < problem.output_channels; ++c) ++starts[source(c) + 1];
-    for (int64_t c = 0; c < problem.input_channels; ++c) starts[c + 1] += starts[c];
-    for (int64_t c = 0; c < problem.output_channels; ++c) readers[starts[source(c)]++] = c;
-    for (int64_t c = problem.input_channels; c > 0; --c) starts[c] = starts[c - 1];
-    starts[0] = 0;
-  }
-  bool reads_itself_alone(int64_t channel) const {
-    return starts[channel + 1] - starts[channel] == 1 && readers[starts[channel]] == channel;
-  }
-};
 
 // total[v] = the sum of term(c, v) over the channels, which are visited in order.
 template <typename Term>
@@ -184,7 +88,7 @@ void forward_tile(const Problem& problem, const Forward& arguments, const Tile& 
                   const float* scale, const float* shift, float* values) {
   using Element = typename Format::Element;
   const auto count = [&](int64_t v) { return WHOLE ? LANES : filled(tile.count, v); };
-  const auto* from = tile.at(static_cast<const Element*>(arguments.input), problem.input, 1);
+  const auto* from = tile.at(static_cast<const Element*>(arguments.input), problem.input);
   Vec mean[VECTORS], rstd[VECTORS];
   sum_channels(problem.input_channels, mean, [&](int64_t c, int v) {
     const Vec value = load<Format>(from + c * problem.input.channel + v * LANES, count(v));
@@ -196,21 +100,21 @@ void forward_tile(const Problem& problem, const Forward& arguments, const Tile& 
     const Vec centred = load<Float32>(values + c * PIXELS + v * LANES) - mean[v];
     return centred * centred;
   });
-  const int64_t place = tile.place(problem);
+  const int64_t place = place_of(problem, tile);
   for (int v = 0; v < VECTORS; ++v) {
     const Vec variance = rstd[v] / static_cast<float>(problem.input_channels);
     rstd[v] = 1.0f / sqrt(variance + problem.eps);
     store<Float32>(arguments.mean + place + v * LANES, mean[v], count(v));
     store<Float32>(arguments.rstd + place + v * LANES, rstd[v], count(v));
   }
-  auto* to = tile.at(static_cast<Element*>(arguments.output), problem.output, 1);
+  auto* to = tile.at(static_cast<Element*>(arguments.output), problem.output);
   for (int64_t c = 0; c < problem.output_channels; ++c) {
     const float* source = values + (arguments.index == nullptr ? c : arguments.index[c]) * PIXELS;
+    Element* target = to + c * problem.output.channel;
 #pragma GCC unroll 8
     for (int v = 0; v < VECTORS; ++v) {
       const Vec normalized = (load<Float32>(source + v * LANES) - mean[v]) * rstd[v];
-      store<Format>(to + c * problem.output.channel + v * LANES, normalized * scale[c] + shift[c],
-                    count(v));
+      store<Format>(target + v * LANES, normalized * scale[c] + shift[c], count(v));
     }
   }
 }
@@ -234,7 +138,7 @@ void forward_planes(const Problem& problem, const Forward& arguments) {
       run(problem, arguments, tile, scale, shift, values);
     }
   };
-  parallel_for(Tile::number(problem), grain(PIXELS * problem.input_channels), body);
+  parallel_for(tiles_of(problem), grain(PIXELS * problem.input_channels), body);
 }
 
 // All lanes, or the first `count`.
@@ -267,7 +171,10 @@ template <typename Format>
 void forward_pixels(const Problem& problem, const Forward& arguments) {
   using Element = typename Format::Element;
   const int64_t channels = problem.input_channels, padded = round_up(channels, LANES);
-  const Moves moves(problem, arguments.workspace);
+  // Of no output channels the index is null too, and there is nothing to write.
+  const bool in_place = arguments.index == nullptr && problem.output_channels > 0;
+  const Moves moves(arguments.workspace, in_place ? 0 : problem.output_channels, channels,
+                    arguments.index);
   const auto body = [&](int64_t begin, int64_t end) {
     // Per thread: weight | bias | rows in the input's order.
     float* weight = thread_scratch((2 + COUNT) * padded);
@@ -279,38 +186,29 @@ void forward_pixels(const Problem& problem, const Forward& arguments) {
     }
     for (int64_t item = begin; item < end; ++item) {
       const Tile tile(problem, item);
-      const auto* first = tile.at(static_cast<const Element*>(arguments.input), problem.input,
-                                  problem.input.column);
-      auto* target =
-          tile.at(static_cast<Element*>(arguments.output), problem.output, problem.output.column);
-      const int64_t place = tile.place(problem);
+      const auto* first = tile.at(static_cast<const Element*>(arguments.input), problem.input);
+      auto* target = tile.at(static_cast<Element*>(arguments.output), problem.output);
+      const int64_t place = place_of(problem, tile);
       const int64_t step = problem.input.column, to_step = problem.output.column;
       tile.in_steps([&](auto number, int64_t pixel) {
         constexpr int N = number();
         Element* to = target + pixel * to_step;
         for (int p = 0; p < N; ++p) {
           const int64_t at = place + pixel + p;
-          Element* row = arguments.index == nullptr ? to + p * to_step : rows + p * padded;
+          Element* row = in_place ? to + p * to_step : rows + p * padded;
           forward_pixel<Format>(channels, first + (pixel + p) * step, weight, bias, problem.eps,
                                 arguments.mean[at], arguments.rstd[at], row);
         }
-        if (arguments.index == nullptr) return;
-        for (int p = 0; p < N; ++p) {
-          copy<Format>(to + p * to_step, rows + p * padded, moves.copied());
-        }
-        for (int64_t m = 0; m < moves.count(); ++m) {
-          for (int p = 0; p < N; ++p) {
-            to[p * to_step + moves.to[m]] = rows[p * padded + moves.from[m]];
-          }
-        }
+        if (in_place) return;
+        moves.apply<Format, N>(rows, padded, to, to_step);
       });
     }
   };
-  parallel_for(Tile::number(problem), grain(PIXELS * channels), body);
+  parallel_for(tiles_of(problem), grain(PIXELS * channels), body);
 }
 
 int64_t parts(const Problem& problem) {
-  return clamp(Tile::number(problem) / PART_TILES, 1, MOST_PARTS);
+  return clamp(tiles_of(problem) / PART_TILES, 1, MOST_PARTS);
 }
 
 // Of one part, in the backward workspace: [2][input_channels], for grad_bias and grad_weight.
@@ -325,10 +223,10 @@ void backward_tile(const Problem& problem, const Backward& arguments, const Inve
                    const Tile& tile, const float* weight, Vec* sums, float* values) {
   using Element = typename Format::Element;
   const auto count = [&](int64_t v) { return WHOLE ? LANES : filled(tile.count, v); };
-  const int64_t channels = problem.input_channels, place = tile.place(problem);
+  const int64_t channels = problem.input_channels, place = place_of(problem, tile);
   const auto* gradients =
-      tile.at(static_cast<const Element*>(arguments.grad_output), problem.output, 1);
-  const auto* from = tile.at(static_cast<const Element*>(arguments.input), problem.input, 1);
+      tile.at(static_cast<const Element*>(arguments.grad_output), problem.output);
+  const auto* from = tile.at(static_cast<const Element*>(arguments.input), problem.input);
   Vec mean[VECTORS], rstd[VECTORS], total[VECTORS] = {}, along[VECTORS] = {};
   for (int v = 0; v < VECTORS; ++v) {
     mean[v] = load<Float32>(arguments.mean + place + v * LANES, count(v));
@@ -368,7 +266,7 @@ void backward_tile(const Problem& problem, const Backward& arguments, const Inve
     total[v] /= static_cast<float>(channels);
     along[v] /= static_cast<float>(channels);
   }
-  auto* to = tile.at(static_cast<Element*>(arguments.grad_input), problem.grad_input, 1);
+  auto* to = tile.at(static_cast<Element*>(arguments.grad_input), problem.grad_input);
   for (int64_t c = 0; c < channels; ++c) {
 #pragma GCC unroll 8
     for (int v = 0; v < VECTORS; ++v) {
@@ -382,7 +280,7 @@ void backward_tile(const Problem& problem, const Backward& arguments, const Inve
 
 template <typename Format, bool WITH_SUMS>
 void backward_planes(const Problem& problem, const Backward& arguments) {
-  const int64_t channels = problem.input_channels, tiles = Tile::number(problem);
+  const int64_t channels = problem.input_channels, tiles = tiles_of(problem);
   const int64_t count = parts(problem);
   const Inverse inverse(problem, arguments.workspace);
   parallel_for(count, 1, [&](int64_t begin, int64_t end) {
@@ -439,7 +337,7 @@ void backward_pixels(const Problem& problem, const Backward& arguments) {
   using Element = typename Format::Element;
   const int64_t channels = problem.input_channels, padded = round_up(channels, LANES);
   const int64_t copied = minimum(channels, problem.output_channels);
-  const int64_t tiles = Tile::number(problem), count = parts(problem);
+  const int64_t tiles = tiles_of(problem), count = parts(problem);
   const Inverse inverse(problem, arguments.workspace);
   parallel_for(count, 1, [&](int64_t begin, int64_t end) {
     // Per thread: sums | weight | gradients of COUNT pixels, by input channel | the channels whose
@@ -459,16 +357,15 @@ void backward_pixels(const Problem& problem, const Backward& arguments) {
       std::memset(sums, 0, 2 * padded * sizeof(float));
       for (int64_t item = part * tiles / count; item < (part + 1) * tiles / count; ++item) {
         const Tile tile(problem, item);
-        const int64_t place = tile.place(problem);
+        const int64_t place = place_of(problem, tile);
         const int64_t step = problem.input.column, grad_step = problem.output.column;
-        const auto* first =
-            tile.at(static_cast<const Element*>(arguments.input), problem.input, step);
+        const auto* first = tile.at(static_cast<const Element*>(arguments.input), problem.input);
         const auto* first_grad =
-            tile.at(static_cast<const Element*>(arguments.grad_output), problem.output, grad_step);
+            tile.at(static_cast<const Element*>(arguments.grad_output), problem.output);
         const bool wanted = arguments.grad_input != nullptr;
-        auto* target = wanted ? tile.at(static_cast<Element*>(arguments.grad_input),
-                                        problem.grad_input, problem.grad_input.column)
-                              : nullptr;
+        auto* target =
+            wanted ? tile.at(static_cast<Element*>(arguments.grad_input), problem.grad_input)
+                   : nullptr;
         tile.in_steps([&](auto number, int64_t pixel) {
           constexpr int N = number();
           const auto* from = first + pixel * step;
@@ -522,7 +419,9 @@ void add_sums(const Problem& problem, float* workspace, int64_t of_weight, void*
 
 }  // namespace
 
-int64_t forward_workspace_floats(const Problem& problem) { return Moves::words(problem); }
+int64_t forward_workspace_floats(const Problem& problem) {
+  return Moves::words(problem.output_channels);
+}
 
 int64_t backward_workspace_floats(const Problem& problem) {
   return Inverse::words(problem) + 2 * parts(problem) * problem.input_channels;
@@ -532,9 +431,6 @@ void forward(const Problem& problem, const Forward& arguments) {
   with_format(problem.dtype, [&](auto format) {
     using Format = decltype(format);
     if (!problem.channels_last) return forward_planes<Format>(problem, arguments);
-    if (arguments.index != nullptr) {
-      Moves(problem, arguments.workspace).find(problem, arguments.index);
-    }
     forward_pixels<Format>(problem, arguments);
   });
 }

@@ -27,10 +27,10 @@ REGISTERS = {"_forward": 128, "_backward": 168}
 def launches(layout: str, dtype: torch.dtype) -> dict[str, Launch]:
     """By kernel, those of a mapped forward and its whole backward."""
     input = torch.empty((8, 256, 64, 64), dtype=dtype, device="meta")
-    input = input.to(memory_format=LAYOUTS[layout]).flatten(2)[:, :, None]
+    input = input.to(memory_format=LAYOUTS[layout])
     weight = torch.empty(256, dtype=dtype, device="meta")
     index = torch.empty(256, dtype=torch.int64, device="meta")
-    mean = torch.empty((8, 1, 4096), device="meta")
+    mean = torch.empty((8, 64, 64), device="meta")
     last = layout == "channels_last"
     with recorded() as found:
         layer_norm_2d.forward(input, weight, weight, index, 1e-6, last, input, mean, mean)

@@ -30,17 +30,23 @@ def one(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def remap(channels_last: bool, rows: int) -> None:
-    image, scale = one(1, 1, rows, 1), one(1, 1)
+def activation(channels_last: bool, rows: bool) -> Tensor:
+    """One pixel; with `rows`, of a view whose rows leave gaps."""
+    row, column = (1, 1) if not rows else (1, 2) if channels_last else (2, 1)
+    return one(1, 1, 1, 1).as_strided((1, 1, 1, 1), (1, 1, row, column))
+
+
+def remap(channels_last: bool, rows: bool) -> None:
+    image, scale = activation(channels_last, rows), one(1, 1)
     index = one(1, 1, dtype=torch.int64)
     channel_remap.forward(image, index, scale, channels_last, image)
     channel_remap.backward(image, image, index, scale, 1, channels_last, image, scale)
 
 
-def norm(channels_last: bool, rows: int) -> None:
-    image, weight = one(1, 1, rows, 1), one(1)
+def norm(channels_last: bool, rows: bool) -> None:
+    image, weight = activation(channels_last, rows), one(1)
     index = one(1, dtype=torch.int64)
-    mean = one(1, rows, 1, dtype=torch.float32)
+    mean = one(1, 1, 1, dtype=torch.float32)
     layer_norm_2d.forward(image, weight, weight, index, 1.0, channels_last, image, mean, mean)
     layer_norm_2d.backward(
         *(image, image, weight, index, mean, mean, channels_last, image, weight, weight)
@@ -98,12 +104,12 @@ def attention(grid_size: tuple[int, int]) -> None:
 
 
 CALLS: dict[str, Callable[[], None]] = {
-    "channel_remap, nchw": lambda: remap(False, 1),
-    "channel_remap, nchw, rows": lambda: remap(False, 2),
-    "channel_remap, channels-last": lambda: remap(True, 1),
-    "channel_remap, channels-last, rows": lambda: remap(True, 2),
-    "layer_norm_2d, nchw": lambda: norm(False, 1),
-    "layer_norm_2d, channels-last, rows": lambda: norm(True, 2),
+    "channel_remap, nchw": lambda: remap(False, False),
+    "channel_remap, nchw, rows": lambda: remap(False, True),
+    "channel_remap, channels-last": lambda: remap(True, False),
+    "channel_remap, channels-last, rows": lambda: remap(True, True),
+    "layer_norm_2d, nchw": lambda: norm(False, False),
+    "layer_norm_2d, channels-last, rows": lambda: norm(True, True),
     "mask_iou": lambda: iou((1, 1), 1, (1, 1)),
     "mask_iou, to larger": lambda: iou((9, 8), 1, (60, 80)),
     "dynamic_depthwise_conv2d, nchw": lambda: depthwise(3, False),

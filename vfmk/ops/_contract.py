@@ -46,6 +46,18 @@ def check_alike(
             )
 
 
+def check_index(operator: str, input: Tensor, index: Any, shape: str, *dimensions: int) -> None:
+    """`index` is an int64 tensor of one of the `dimensions` of `shape`, as "[C'] or [B, C']"."""
+    if not isinstance(index, Tensor):
+        raise TypeError(f"{operator}: index must be a Tensor {shape}, got {type(index).__name__}")
+    if index.dtype != torch.int64:
+        raise TypeError(f"{operator}: index must be int64, got {_name(index.dtype)}")
+    if index.dim() not in dimensions:
+        raise ValueError(f"{operator}: index must have the shape {shape}, got {list(index.shape)}")
+    if index.device != input.device:
+        raise ValueError(f"{operator}: index is on {index.device}, input is on {input.device}")
+
+
 def autocast(*tensors: Tensor | None, dtype: torch.dtype | None = None) -> list[Tensor | None]:
     """The tensors in autocast's dtype where autocast is on, as it treats `conv2d` and `linear`; or
     in `dtype`, as it treats what loses too much in half precision."""

@@ -75,20 +75,7 @@ def _checked_dim(input: Tensor, dim: int) -> int:
 
 
 def _check_index(input: Tensor, index: Tensor, dim: int) -> None:
-    if not isinstance(index, Tensor):
-        raise TypeError(
-            f"{NAME}: index must be a Tensor [C'] or [B, C'], got {type(index).__name__}"
-        )
-    if index.dtype != torch.int64:
-        raise TypeError(
-            f"{NAME}: index must be int64, got {str(index.dtype).removeprefix('torch.')}"
-        )
-    if index.dim() not in (1, 2):
-        raise ValueError(
-            f"{NAME}: index must have the shape [C'] or [B, C'], got {list(index.shape)}"
-        )
-    if index.device != input.device:
-        raise ValueError(f"{NAME}: index is on {index.device}, input is on {input.device}")
+    _contract.check_index(NAME, input, index, "[C'] or [B, C']", 1, 2)
     if index.dim() == 2 and dim == 0:
         raise ValueError(f"{NAME}: index {list(index.shape)} is per sample, but dim is 0")
     if index.dim() == 2 and index.shape[0] != input.shape[0]:

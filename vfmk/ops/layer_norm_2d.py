@@ -1,13 +1,13 @@
 """Layer norm over the channels of an image, and a gather of them."""
 
-import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from vfmk import _backends
-from vfmk.ops import _contract
+from vfmk.ops import _contract, _implementations
+from vfmk.reference.sums import dtype_of_sums
 
 NAME = "layer_norm_2d"
 
@@ -62,52 +62,27 @@ def layer_norm_2d(
             )
     _contract.check_alike(NAME, input, weight=weight, bias=bias)
     if index is not None:
-        _check_index(input, index)
+        _contract.check_index(NAME, input, index, "[C']", 1)
     eps = _contract.as_float(NAME, "eps", eps)
     input, weight, bias = _contract.autocast(input, weight, bias, dtype=torch.float32)  # type: ignore[assignment]
     return torch.ops.vfmk.layer_norm_2d(input, weight, bias, index, eps)[0]
-
-
-def _check_index(input: Tensor, index: Tensor) -> None:
-    if not isinstance(index, Tensor):
-        raise TypeError(f"{NAME}: index must be a Tensor [C'], got {type(index).__name__}")
-    if index.dtype != torch.int64:
-        raise TypeError(
-            f"{NAME}: index must be int64, got {str(index.dtype).removeprefix('torch.')}"
-        )
-    if index.dim() != 1:
-        raise ValueError(f"{NAME}: index must have the shape [C'], got {list(index.shape)}")
-    if index.device != input.device:
-        raise ValueError(f"{NAME}: index is on {index.device}, input is on {input.device}")
-
-
-def _check_range(index: Tensor | None, channels: int) -> None:
-    if index is None or index.device.type != "cpu" or not index.numel():
-        return
-    low, high = (int(bound) for bound in index.aminmax())
-    if low < 0 or high >= channels:
-        raise IndexError(
-            f"{NAME}: index holds {low if low < 0 else high}, input has {channels} channels"
-        )
 
 
 @torch.library.custom_op(f"vfmk::{NAME}", mutates_args=())
 def _forward(
     input: Tensor, weight: Tensor, bias: Tensor, index: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check_range(index, input.shape[1])
-    output, mean, rstd = results = _empty_output(input, weight, bias, index, eps)
-    kernel = _backends.kernel(NAME, "forward", input)
-    if output.numel() > 0:
-        channels_last = _channels_last(input)
-        planes = _planes(input, channels_last)
-        kernel(
-            *(planes, weight.contiguous(), bias.contiguous(), _dense(index), eps, channels_last),
-            *(_cut(result, planes) for result in results),
-        )
-    else:
-        mean.zero_()
-        rstd.zero_()
+    output, mean, rstd = _empty_output(input, weight, bias, index, eps)
+    channels_last = _channels_last(input)
+    _backends.kernel(NAME, "forward", input)(
+        *(
+            _dense_innermost(input, channels_last),
+            weight.contiguous(),
+            bias.contiguous(),
+            _dense(index),
+        ),
+        *(eps, channels_last, output, mean, rstd),
+    )
     return output, mean, rstd
 
 
@@ -118,7 +93,7 @@ def _empty_output(
     """The output, and for backward mean and 1 / sqrt(variance + eps): [B, H, W]."""
     batch, channels, *size = input.shape
     outputs = channels if index is None else index.shape[0]
-    dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
+    dtype = dtype_of_sums(input)
     return (
         _empty((batch, outputs, *size), input, _channels_last(input)),
         input.new_empty((batch, *size), dtype=dtype),
@@ -137,19 +112,12 @@ def _backward(
     wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     gradients = _empty_gradients(grad_output, input, weight, index, mean, rstd, wanted)
-    kernel = _backends.kernel(NAME, "backward", input)
-    if grad_output.numel() > 0:
-        channels_last = _channels_last(input)
-        planes = _planes(input, channels_last)
-        grad_input, *others = _contract.if_wanted(gradients, wanted)
-        kernel(
-            _cut(grad_output.contiguous(memory_format=_format(channels_last)), planes),
-            *(planes, weight.contiguous(), _dense(index), _cut(mean, planes), _cut(rstd, planes)),
-            *(channels_last, None if grad_input is None else _cut(grad_input, planes), *others),
-        )
-    else:
-        for gradient in gradients:
-            gradient.zero_()
+    channels_last = _channels_last(input)
+    _backends.kernel(NAME, "backward", input)(
+        grad_output.contiguous(memory_format=_format(channels_last)),
+        *(_dense_innermost(input, channels_last), weight.contiguous(), _dense(index), mean, rstd),
+        *(channels_last, *_contract.if_wanted(gradients, wanted)),
+    )
     return gradients
 
 
@@ -202,43 +170,13 @@ def _empty(size: Sequence[int], like: Tensor, channels_last: bool) -> Tensor:
     )
 
 
-def _planes(input: Tensor, channels_last: bool) -> Tensor:
-    """[B, C, rows, columns] with dense columns, or channels if those are last: a view, in one row
-    where it can be, or a copy where the strides allow none."""
-    innermost = 1 if channels_last else 3
-    if input.shape[innermost] > 1 and input.stride(innermost) != 1:
-        input = input.contiguous(memory_format=_format(channels_last))
-    height, width = input.shape[2:]
-    column = input.stride(3) if channels_last else 1
-    if height == 1 or input.stride(2) == width * column:
-        return input.flatten(2)[:, :, None]
-    return input
-
-
-def _cut(tensor: Tensor, planes: Tensor) -> Tensor:
-    """A view of a dense [..., H, W] with the rows of `planes`."""
-    return tensor.view(*tensor.shape[:-2], *planes.shape[2:])
+def _dense_innermost(input: Tensor, channels_last: bool) -> Tensor:
+    """In columns, or in channels if those are last: itself, or a copy."""
+    return input if channels_last else _contract.dense_last(input)
 
 
 def _dense(index: Tensor | None) -> Tensor | None:
     return None if index is None else index.contiguous()
 
 
-def _not_supported(device: str, input: Tensor) -> str:
-    if input.device.type != device:
-        return f"input is on {input.device}"
-    return "float64 has the reference alone" if input.dtype == torch.float64 else ""
-
-
-def _not_supported_by_triton(input: Tensor) -> str:
-    return _not_supported("cpu" if _backends.interpreted() else "cuda", input)
-
-
-_backends.register(
-    NAME,
-    {
-        "triton": _backends.module(f"vfmk.kernels.{NAME}", _not_supported_by_triton),
-        "cpu": _backends.native(NAME, functools.partial(_not_supported, "cpu")),
-        "reference": _backends.module(f"vfmk.reference.{NAME}", lambda input: ""),
-    },
-)
+_implementations.register(NAME)

@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from vfmk.reference.channel_index import check_range
 from vfmk.reference.sums import dtype_of_sums
 
 
@@ -25,7 +26,7 @@ def forward(
     input: Tensor, index: Tensor, scale: Tensor | None, channels_last: bool, output: Tensor
 ) -> None:
     """Write `output`: [N, C', H, W] from [N, C, H, W]; index is [maps, C'], and maps divides N."""
-    _check_range(index, input.shape[1])
+    check_range("channel_remap", index, input.shape[1])
     if output.numel():
         output.copy_(channel_remap(input, *_of_each_sample(output, index, scale)))
 
@@ -53,16 +54,6 @@ def backward(
         products = (input.gather(1, positions) * gradient).sum((2, 3))
         samples = grad_output.shape[0] // max(1, index.shape[0])
         grad_scale.copy_(products.view(index.shape[0], samples, index.shape[1]).sum(1))
-
-
-def _check_range(index: Tensor, channels: int) -> None:
-    if index.device.type != "cpu" or not index.numel():
-        return
-    low, high = (int(bound) for bound in index.aminmax())
-    if low < 0 or high >= channels:
-        raise IndexError(
-            f"channel_remap: index holds {low if low < 0 else high}, input has {channels} channels"
-        )
 
 
 def _of_each_sample(

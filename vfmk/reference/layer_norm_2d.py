@@ -3,12 +3,15 @@
 import torch
 from torch import Tensor
 
+from vfmk.reference.channel_index import check_range
+from vfmk.reference.sums import in_dtype_of_sums
+
 
 def layer_norm_2d(
     input: Tensor, weight: Tensor, bias: Tensor, index: Tensor | None = None, *, eps: float = 1e-6
 ) -> Tensor:
     """See `vfmk.ops.layer_norm_2d`. Half precision is computed in fp32, then rounded."""
-    values, weight, bias = _in_sums_dtype(input, weight, bias)
+    values, weight, bias = in_dtype_of_sums(input, weight, bias)
     mean, rstd = _moments(values, eps)
     output = weight[:, None, None] * ((values - mean) * rstd) + bias[:, None, None]
     return (output if index is None else output.index_select(1, index)).to(input.dtype)
@@ -26,8 +29,10 @@ def forward(
     rstd: Tensor,
 ) -> None:
     """Write `output` [B, C', rows, columns], `mean` and `rstd` [B, rows, columns]."""
+    if index is not None:
+        check_range("layer_norm_2d", index, input.shape[1])
     output.copy_(layer_norm_2d(input, weight, bias, index, eps=eps))
-    (values,) = _in_sums_dtype(input)
+    (values,) = in_dtype_of_sums(input)
     for moment, value in zip((mean, rstd), _moments(values, eps), strict=True):
         moment.copy_(value.squeeze(1))
 
@@ -45,7 +50,7 @@ def backward(
     grad_bias: Tensor | None,
 ) -> None:
     """Write each gradient that is not None."""
-    grad, values, weight = _in_sums_dtype(grad_output, input, weight)
+    grad, values, weight = in_dtype_of_sums(grad_output, input, weight)
     rstd = rstd[:, None]
     normalized = (values - mean[:, None]) * rstd
     if index is not None:
@@ -64,8 +69,3 @@ def _moments(values: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Mean and 1 / sqrt(variance + eps), [B, 1, H, W]."""
     mean = values.mean(1, keepdim=True)
     return mean, ((values - mean).square().mean(1, keepdim=True) + eps).rsqrt()
-
-
-def _in_sums_dtype(*tensors: Tensor) -> list[Tensor]:
-    dtype = torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
-    return [tensor.to(dtype) for tensor in tensors]
