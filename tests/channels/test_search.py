@@ -505,8 +505,11 @@ def test_any_encoder_and_score():
         encoder, samples, score_fn=log_likelihood, top_n=3, strategy="screened", progress=False
     )
     assert screened.best_score > screened.baseline
-    with pytest.raises(ValueError, match=r"a float for each of \d+ candidates"):
-        search(encoder, samples, score_fn=lambda f, s: f.sum(), progress=False)
+    for score_fn in (lambda f, s: f.sum(), lambda f, s: [0.5] * len(f)):
+        with pytest.raises(ValueError, match=r"a float for each of \d+ candidates"):
+            search(encoder, samples, score_fn=score_fn, progress=False)
+    with pytest.raises(TypeError, match=r"model must give features \[1, .* gave a Tensor \[2, "):
+        search(lambda x: x.repeat(2, 1, 1, 1), samples, score_fn=log_likelihood, progress=False)
     with pytest.raises(ValueError, match="a gradient of the score is not finite"):
         search(
             encoder,
@@ -515,14 +518,31 @@ def test_any_encoder_and_score():
             strategy="screened",
             progress=False,
         )
-    with pytest.raises(ValueError, match="needs a score_fn with a gradient"):
-        search(
-            encoder,
-            samples,
-            score_fn=lambda f, s: (f.mean((1, 2)) > 0).float(),
-            strategy="screened",
-            progress=False,
-        )
+    head = nn.Linear(1, 1)
+    for score_fn in (
+        lambda f, s: (f.mean((1, 2)) > 0).float(),
+        lambda f, s: head(f.detach()[:, :1, 0])[:, 0],  # of the head, not of the features
+    ):
+        with pytest.raises(ValueError, match="needs a score_fn with a gradient"):
+            search(encoder, samples, score_fn=score_fn, strategy="screened", progress=False)
+
+
+def test_a_score_function_that_is_a_module_is_in_eval_mode():
+    class Head(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.dropout = nn.Dropout(0.5)
+
+        def forward(self, features, sample):
+            return self.dropout(features).mean((1, 2))
+
+    head, samples = Head(), [Labelled(torch.randn(3, 8, 8), 0)]
+    first, second = (
+        search(Tokens(), samples, score_fn=head, top_n=1, progress=False) for _ in range(2)
+    )
+    assert torch.equal(first.singles, second.singles)
+    assert head.training
+    assert head.dropout.training
 
 
 class DinoTokens(nn.Module):
@@ -634,6 +654,8 @@ def test_depth_from_feature_maps():
     [
         ({"samples": []}, ValueError, "no samples"),
         ({"strategy": "random"}, ValueError, "strategy must be one of exhaustive, screened"),
+        ({"top_n": 2.5}, TypeError, "top_n must be an int"),
+        ({"keep": "0.1"}, TypeError, "keep must be a number"),
         ({"audit": 3}, ValueError, "keep and audit go with"),
         ({"keep": 0.1}, ValueError, "keep and audit go with"),
         ({"top_n": 0}, ValueError, "top_n must be from 1 to 16"),
@@ -658,9 +680,14 @@ def test_the_authors_scores_are_gone_on_with(sam, samples, result, tmp_path):
     ]
     output.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     again = search(sam, samples, top_n=4, output=output, progress=False)
-    assert again.passes == result.passes - 2 * len(samples)
+    assert again.passes == result.passes - len(samples)  # the frozen model is scored anew
     assert (again.candidates, again.best) == (result.candidates, result.best)
     assert [json.loads(line) for line in output.read_text().splitlines()[:2]] == lines
+
+    text = output.read_text()
+    with pytest.raises(ValueError, match=r"results\.jsonl is of another model or other samples"):
+        search(build_sam(1), samples, top_n=4, output=output, progress=False)
+    assert output.read_text() == text
 
 
 def test_hashes_nothing_without_an_output(sam, samples, monkeypatch):

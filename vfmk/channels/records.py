@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 from vfmk.channels.channel_map import ChannelMap, Pair, checked_pair
 
 PairSet = tuple[Pair, ...]  # what is scored: pairs of channels, applied together
+FOREIGN_TOLERANCE = 1e-3  # of a mean score computed in another precision
 RECORD = b'{"pairs": ['  # how each of our lines begins
 
 
@@ -36,10 +37,11 @@ class Records:
     """The file at `path`, held by this run alone until `close`.
 
     `scores` has the mean score over all samples of each set of pairs, `raced` what the last race of
-    one told. Without a path nothing is read or written.
+    one told; `is_foreign` whether the file does not say of which run it is. Without a path nothing
+    is read or written.
 
     Args:
-        run: what tells runs apart; a file that does not say, the authors', is taken at its word.
+        run: what tells runs apart.
         samples: of the run.
 
     Raises:
@@ -51,6 +53,7 @@ class Records:
         self.samples = samples
         self.scores: dict[PairSet, float] = {}
         self.raced: dict[PairSet, Raced] = {}
+        self.is_foreign = False
         self._path = path
         self._file: int | None = None
         if path is None:
@@ -71,6 +74,14 @@ class Records:
                 ChannelMap(pairs, channels)
             except ValueError as error:
                 raise ValueError(f"search: {self._path or 'output'}: {error}") from None
+
+    def check_frozen(self, score: float) -> None:
+        """That the frozen model has about this score."""
+        if abs(self.scores[()] - score) > FOREIGN_TOLERANCE:
+            raise ValueError(
+                f"search: {self._path or 'output'} is of another model or other samples: the frozen"
+                f" model scores {self.scores[()]:.4f} there, {score:.4f} here"
+            )
 
     def add(self, scores: Mapping[PairSet, float]) -> None:
         """Take in and write down new scores; the frozen model's must come first."""
@@ -158,6 +169,7 @@ class Records:
             raise ValueError(
                 f"search: {place}: the frozen model's score must come first, and only once"
             )
+        self.is_foreign |= not pairs and "run" not in record
         if not pairs and run != self.run:
             raise ValueError(f"search: {place}: {_difference(run, self.run)}")
         was_dropped = pairs and raced and 0 < samples < self.samples

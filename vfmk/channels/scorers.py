@@ -140,7 +140,8 @@ class FeatureScorer:
     def encode(self, sample: Any) -> Tensor:
         image = sample.image[None].to(_device_of(self.encoder, sample.image))
         features = self.encoder(image)
-        if not isinstance(features, Tensor) or features.dim() not in (2, 3, 4):
+        is_right = isinstance(features, Tensor) and features.dim() in (2, 3, 4)
+        if not is_right or len(features) != 1 or not features.numel():
             raise TypeError(
                 "search: model must give features [1, C, h, w], [1, N, C] or [1, C], gave a"
                 f" {type(features).__name__} {list(getattr(features, 'shape', ()))}"
@@ -159,10 +160,10 @@ class FeatureScorer:
         repeated = features.expand(len(read), *features.shape[1:])
         candidates = ops.channel_remap(repeated, index, dim=channel_dim(features))
         scores = self.score_fn(candidates, sample)
-        if scores.shape != (len(read),):
+        if not isinstance(scores, Tensor) or scores.shape != (len(read),):
             raise ValueError(
-                f"search: score_fn must give a float for each of {len(read)} candidates, gave a"
-                f" tensor of shape {list(scores.shape)}"
+                f"search: score_fn must give a tensor, a float for each of {len(read)}"
+                f" candidates, gave a {type(scores).__name__} {list(getattr(scores, 'shape', ()))}"
             )
         return scores
 
@@ -171,9 +172,11 @@ class FeatureScorer:
         features, sample = prepared
         features = features.detach().clone().requires_grad_()
         score = self.score_fn(features, sample)
-        if not score.requires_grad:
+        gradient = None
+        if score.requires_grad:
+            (gradient,) = torch.autograd.grad(score.sum(), features, allow_unused=True)
+        if gradient is None:
             raise ValueError('search: strategy="screened" needs a score_fn with a gradient')
-        (gradient,) = torch.autograd.grad(score.sum(), features)
         return _first_order_gains(gradient, features, channel_dim(features))
 
 

@@ -56,9 +56,15 @@ class Scoring:
         ]
         self.device = self.features[0].device
         # The same in every process.
-        self.chunk = min(_gathered(chunk_size(self.features[0], scorer.copies)))
-        records.scores, records.raced = agreed((records.scores, records.raced))
+        largest = max(self.features, key=lambda features: features.nbytes)
+        self.chunk = min(_gathered(chunk_size(largest, scorer.copies)))
+        records.scores, records.raced, records.is_foreign = agreed(
+            (records.scores, records.raced, records.is_foreign)
+        )
         records.check(self.num_channels)
+        if records.is_foreign:
+            (frozen,) = self._means([()])
+            records.check_frozen(frozen)
         self.known = len(records.scores.keys() | records.raced)
 
     def map_of(self, pairs: PairSet) -> ChannelMap:

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from segment_anything.modeling import Sam
 
 STRATEGIES = ("exhaustive", "screened")
-KEEP = 0.09  # the default share of the passes; with the subsets and gradients below a tenth
+KEEP = 0.09  # the default; with subsets and gradients below a tenth, from 64 channels on
 
 
 @dataclass(frozen=True)
@@ -120,11 +120,13 @@ def search(
         output: a JSONL file of scores in the authors' format. If it exists the search goes on where
             it ended; it is locked while the search runs. A file of another model, samples, score
             or `sequential` is refused; but functions, as model or score_fn, count by their name
-            alone: whether they compute the same is for the caller to know.
+            alone: whether they compute the same is for the caller to know. One that the authors'
+            tool began does not say of what it is: the frozen model must score there as here.
+            Gradients, and scores sample by sample of the frozen model, are not in it.
         progress: report to stderr.
 
     Raises:
-        TypeError: a model that is no SAM, without a score_fn.
+        TypeError: a model that is no SAM, without a score_fn; an argument of another type.
         ValueError: no samples, one that is not as described, a model that has a channel map, an
             argument out of range; an output that another run holds, that is of another model,
             samples or options, or for which the samples cannot be told apart.
@@ -149,8 +151,9 @@ def search(
         def negative_mse(features, sample):
             return -(depth_head(features[:, 1:])[..., 0] - sample.depth).square().mean(1)
     """
-    _check_arguments(model, samples, top_n, strategy, keep, audit)
-    _check_unmapped(model)
+    _check_arguments(samples, top_n, strategy, keep, audit)
+    modules = [*modules_of(model), *modules_of(score_fn)]
+    _check_modules(modules, strategy)
     path, run = None, {}
     if output and rank() == 0:
         path = Path(output)
@@ -162,7 +165,7 @@ def search(
         }
     records = _opened(path, run, len(samples))
     try:
-        with _in_eval_mode(model), _in_plain_mode():
+        with _in_eval_mode(modules), _in_plain_mode():
             scorer: Scorer = (
                 SamScorer(_sam_of(model)) if score_fn is None else FeatureScorer(model, score_fn)
             )
@@ -271,7 +274,7 @@ def _top(singles: Tensor, top_n: int, bar: float) -> list[Pair]:
 
 
 def _check_arguments(
-    model: Any, samples: Sequence[Any], top_n: int, strategy: str, keep: float | None, audit: int
+    samples: Sequence[Any], top_n: int, strategy: str, keep: float | None, audit: int
 ) -> None:
     if not samples:
         raise ValueError("search: no samples")
@@ -279,12 +282,11 @@ def _check_arguments(
         raise ValueError(
             f"search: strategy must be one of {', '.join(STRATEGIES)}, got {strategy!r}"
         )
-    parameters = (p for module in modules_of(model) for p in module.parameters(recurse=False))
-    if strategy == "screened" and any(p.is_inference() for p in parameters):
-        raise ValueError(
-            'search: strategy="screened" takes gradients, but the model was made under'
-            " inference_mode"
-        )
+    for name, value in {"top_n": top_n, "audit": audit}.items():
+        if not isinstance(value, int):
+            raise TypeError(f"search: {name} must be an int, got {value!r}")
+    if not isinstance(keep, float | int | None):
+        raise TypeError(f"search: keep must be a number, got {keep!r}")
     if not 1 <= top_n <= 16:
         raise ValueError(f"search: top_n must be from 1 to 16, got {top_n}")
     if keep is not None and not 0 < keep <= 1:
@@ -307,15 +309,21 @@ def _sam_of(model: Any) -> "Sam":
     return sam
 
 
-def _check_unmapped(model: Any) -> None:
+def _check_modules(modules: Sequence[nn.Module], strategy: str) -> None:
     # Told by its buffer's name: segment_anything need not be installed for another encoder.
-    if any(hasattr(module, "channel_pairs") for module in modules_of(model)):
+    if any(hasattr(module, "channel_pairs") for module in modules):
         raise ValueError("search: the model has a channel map; remove it first")
+    parameters = (p for module in modules for p in module.parameters(recurse=False))
+    if strategy == "screened" and any(p.is_inference() for p in parameters):
+        raise ValueError(
+            'search: strategy="screened" takes gradients, but the model was made under'
+            " inference_mode"
+        )
 
 
 @contextmanager
-def _in_eval_mode(model: Any) -> Iterator[None]:
-    training = [module for module in modules_of(model) if module.training]
+def _in_eval_mode(modules: Sequence[nn.Module]) -> Iterator[None]:
+    training = [module for module in modules if module.training]
     for module in training:
         module.training = False
     try:

@@ -18,9 +18,9 @@ def channel_remap(
     """Put channel index[c] of the input, times scale[c], into channel c of the output.
 
     Differentiable, once, in input and scale. The gradient of a channel that several outputs read is
-    their sum in ascending order, in fp32 (fp64 for float64 input): the same bits on each run. Works
-    under autocast (which casts input and scale, if there is a scale), torch.compile and
-    torch.export.
+    their sum in ascending order, in fp32: the same bits on each run. float64 runs in plain PyTorch,
+    whose sums on CUDA may differ from run to run. Works under autocast (which casts input and
+    scale, if there is a scale), torch.compile and torch.export.
 
     Args:
         input: [..., C, ...], float32, float16, bfloat16 or float64, channels in dimension `dim`.

@@ -21,7 +21,8 @@ def layer_norm_2d(
     Differentiable, once, in input, weight and bias. Sums are fp32 (fp64 for float64), variance is
     taken about the mean, readers of one channel are added up in ascending order: the same bits on
     each run. Works under torch.compile and torch.export, and under autocast, where it casts to
-    float32 as PyTorch's `layer_norm` does. float64 runs in plain PyTorch.
+    float32 as PyTorch's `layer_norm` does. float64 runs in plain PyTorch, whose sums on CUDA may
+    differ from run to run.
 
     Args:
         input: [B, C, H, W], float32, float16, bfloat16 or float64, C at least 1. Read in place if
