@@ -3,14 +3,17 @@
 import os
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import vfmk
 from vfmk.channels import load_samples, search
-from vfmk.channels.racing import Rule
+from vfmk.channels.progress import Report
+from vfmk.channels.racing import Rule, looks, shuffled
 from vfmk.channels.records import Raced
+from vfmk.channels.screened import Race
 from vfmk.channels.screening import Group, bars_of, explore
 from vfmk.data.demo_scenes import demo_scenes
 from vfmk.tasks.score_tiny import unseen_scenes
@@ -97,6 +100,88 @@ def test_a_rule_drops_what_is_three_errors_below_its_bar():
         assert rule.drops(gain, spread, torch.tensor([4.0])).item() is dropped
     unknown = rule._replace(variances=torch.tensor([torch.nan]))
     assert not unknown.drops(gain, spread, torch.tensor([4.0])).item()
+
+
+def wrongly_dropped(gains, usual):
+    """The share of candidates that race, 10 to 45 of 50 samples, though they reach their bar."""
+    samples = gains.shape[1]
+    bars = gains.mean(1)
+    rule = Rule(bars, torch.zeros_like(gains), torch.full_like(bars, usual))
+    dropped = torch.zeros(len(gains), dtype=torch.bool)
+    order = shuffled(samples)
+    for end in looks(samples)[:-1]:
+        gain, spread = rule.estimates(gains[:, order[:end]], order[:end])
+        dropped |= rule.drops(gain, spread, torch.full_like(gain, end))
+    return float(dropped.double().mean())
+
+
+def test_few_that_reach_their_bar_are_dropped():
+    """Where the usual variance is the true one; gains that are normal, or 0 on four of five."""
+    generator = torch.Generator().manual_seed(0)
+    normal = torch.randn(20000, 50, generator=generator, dtype=torch.float64)
+    sparse = normal * (torch.rand(20000, 50, generator=generator) < 0.2)
+    for gains, most in ((normal, 0.02), (sparse, 0.04)):
+        share = wrongly_dropped(gains, float(gains.var()))
+        assert 0 < share < most
+        assert wrongly_dropped(gains, 0.0) > 2 * share
+
+
+def test_what_the_first_order_does_not_see_is_not_dropped_for_it():
+    """Gains on one sample of five, a gradient of 0: they look alike on the first ten."""
+    report = Report("pairs", 1, False)
+    rules = []
+
+    class Scores:
+        def race(self, sets, rule, report):
+            rules.append(rule)
+            return [Raced(0.0, 0.3, 50) for _ in sets]
+
+    first_order = torch.zeros(4, 50, dtype=torch.float64)
+    first_order[0, ::2] = 1.0
+    race = Race(Scores(), lambda place: (place,), lambda places: first_order, report)
+    places = [(0, 1), (1, 2), (2, 3), (3, 4)]
+    for _ in range(2):
+        race(places, [1e-12] * 4, 1.0)
+    known, same = rules[1], torch.zeros(4, dtype=torch.float64)
+    assert rules[0].variances.isnan().all()
+    assert known.variances[0] > known.variances[1]
+    torch.testing.assert_close(known.variances[1:], torch.full((3,), 0.09).double())
+    assert not known.drops(same, same, torch.full((4,), 10.0)).any()
+
+
+def test_most_channels_dead():
+    """The whole budget is spent, though the median distance between channels is 0."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(4, 3, 2, 2, generator=generator)
+    mixed = torch.zeros(16, 3)
+    mixed[:4] = 10 * torch.randn(4, 3, generator=generator)
+    target = torch.randn(16, generator=generator)
+
+    def encoder(image):
+        return torch.einsum("cd,ndhw->nchw", mixed, image)
+
+    def negative_mse(features, sample):
+        return -(features.mean((2, 3)) - target).square().mean(1)
+
+    samples = [SimpleNamespace(image=image) for image in images]
+    options = {"score_fn": negative_mse, "top_n": 4, "progress": False}
+    exhaustive = search(encoder, samples, **options)
+    screened = search(encoder, samples, strategy="screened", keep=0.5, **options)
+    assert screened.passes > 0.5 * 16 * 15 * len(samples)
+    assert screened.best_score == exhaustive.best_score
+
+
+def test_a_promise_that_is_not_finite_is_an_error():
+    def distances(points):
+        return torch.full((3, len(points)), 1.0 if len(points) == 1 else torch.nan).double()
+
+    groups, features = [Group(distances, 0)] * 2, torch.zeros(2, 3, 1).double()
+
+    def race(places, bars, factor):
+        return {place: Raced(0.0, 0.1, 5) for place in places}
+
+    with pytest.raises(ValueError, match="search: what a candidate promises is not finite"):
+        explore(race, features, groups, [(0, 1), (1, 2)], top=2, samples=5, budget=100)
 
 
 def lesions(begin):

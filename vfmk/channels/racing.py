@@ -5,6 +5,10 @@ the mean of d - c over the m, plus the mean of c over all n: d is its gain on a 
 control variate, what that is to first order, times a factor. This errs by s·√(1/m - 1/n), where s²
 is the variance of d - c between samples. As a few samples may look alike by chance, s² is drawn
 towards a usual variance.
+
+Of candidates that gain just what their bar is, on 50 samples, the rule drops 2 % where gains are
+normal and 3 % where they are 0 on four samples of five, if the usual variance is the true one; if
+it is far too small, 4 % and 14 %. It looks more than once, and few samples say little of s.
 """
 
 from collections.abc import Sequence

@@ -16,6 +16,8 @@ from vfmk.channels.screening import Group, Place, best, explore
 # So many subsets' passes are spent; all are scored if there are no more.
 SUBSETS_AT_LEAST, SUBSETS_SHARE = 128, 0.01  # and the share of the number of pairs
 
+ROUNDING = 1e-12  # of a distance, in shares of the greatest
+
 
 class Race:
     """Scores candidates in rounds.
@@ -36,25 +38,29 @@ class Race:
         self.sets = sets
         self.first_order = first_order
         self.report = report
-        self.variances = self.first_order_variances = 0.0  # sums over the rounds before
+        self.raced = 0
+        self.variances = self.first_order_variances = 0.0  # sums over those raced
 
     def __call__(
         self, places: Sequence[Place], bars: Sequence[float], factor: float
     ) -> dict[Place, Raced]:
         """Candidates usually vary between samples as those of the rounds before did, in proportion
-        to their first-order gains."""
+        to their first-order gains, and no less than they did on average: the first order may
+        see nothing of what a candidate does."""
         places, bars, factor = agreed((places, bars, factor))
         first_order = self.first_order(places)
         variances = first_order.var(1, correction=min(1, first_order.shape[1] - 1))
         before = self.first_order_variances
+        usual = variances * (self.variances / before if before else 0.0)
         rule = Rule(
             torch.tensor(bars, dtype=torch.float64),
             factor * first_order,
-            (self.variances / before if before else math.nan) * variances,
+            usual.clamp(min=self.variances / self.raced if self.raced else math.nan),
         )
         raced = self.scoring.race([self.sets(place) for place in places], rule, self.report)
         for found, variance in zip(raced, variances.tolist(), strict=True):
             if not math.isnan(found.spread):
+                self.raced += 1
                 self.variances += found.spread**2
                 self.first_order_variances += variance
         return dict(zip(places, raced, strict=True))
@@ -71,7 +77,9 @@ def screened_pairs(scoring: Scoring, baseline: float, keep: float, top_n: int) -
     first_order = scoring.first_order_gains
     distances = scoring.channel_distances()
     off_diagonal = ~torch.eye(channels, dtype=torch.bool)
-    distances /= distances[off_diagonal].median().clamp(min=torch.finfo(distances.dtype).tiny)
+    # Channels may be dead or twins; what sets these apart is 0 but for rounding.
+    apart = distances[distances > ROUNDING * distances.max()]
+    distances /= apart.median() if len(apart) else 1.0
     groups = [Group(lambda points: distances[:, points], channel) for channel in range(channels)]
     sets = max(1, round(keep * num_pairs(scoring)))
     report = scoring.report("pairs", sets)
@@ -81,7 +89,7 @@ def screened_pairs(scoring: Scoring, baseline: float, keep: float, top_n: int) -
         return first_order[:, overwritten, read].T.double()
 
     estimates = first_order.mean(0, dtype=torch.float64)
-    squares = first_order.square().mean(0, dtype=torch.float64)
+    squares = torch.linalg.vector_norm(first_order, dim=0, dtype=torch.float64).square() / samples
     gains = explore(
         Race(scoring, lambda pair: (pair,), of_pairs, report),
         torch.stack([estimates, squares], -1),

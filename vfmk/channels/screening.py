@@ -80,6 +80,8 @@ def explore(
             budget -= found.samples
         bars = bars_of(whole, top)
         promises, factor = promises_of(known, variances, features, groups, bars)
+        if not promises[is_open].isfinite().all():
+            raise ValueError("search: what a candidate promises is not finite; scale the score")
         chosen = best(promises.masked_fill(~is_open, -torch.inf), rivals)[:batch]
     return whole
 
@@ -101,10 +103,12 @@ def promises_of(
         variances: by how much they may err, float64 [groups, M].
     """
     known = ~gains.isnan()
-    fitted = torch.linalg.lstsq(features[known], gains[known][:, None]).solution
-    means = (features @ fitted)[..., 0]
+    scales = features.square().mean((0, 1)).sqrt().clamp(min=TINY)
+    scaled = features / scales
+    fitted = torch.linalg.lstsq(scaled[known], gains[known]).solution
+    means = scaled @ fitted
     noise = NOISE + variances / (gains - means)[known].square().mean().clamp(min=TINY)
-    scaled = features * (SLOPES / features.square().mean((0, 1)).clamp(min=TINY)).sqrt()
+    scaled *= SLOPES**0.5
     deviations, energy = torch.empty_like(means), 0.0
     for number, group in enumerate(groups):
         points = known[number].nonzero()[:, 0]
@@ -116,7 +120,7 @@ def promises_of(
         deviations[number] = variance.sqrt()
         energy += of_group
     deviations *= (max(energy, 0.0) / known.sum()).sqrt()
-    return (means - bars[:, None]) / deviations.clamp(min=TINY), float(fitted[0])
+    return (means - bars[:, None]) / deviations.clamp(min=TINY), float(fitted[0] / scales[0])
 
 
 def _posterior(
