@@ -181,6 +181,14 @@ def test_the_callers_modes_change_nothing(sam, samples, result, mode):
     torch.testing.assert_close(found.singles, result.singles, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("pairs", [1, 3])
+def test_screened_with_passes_for_fewer_pairs_than_are_wanted(sam, samples, pairs):
+    options = {"strategy": "screened", "keep": pairs / PAIRS, "progress": False}
+    found = search(sam, samples, top_n=8, **options)
+    assert 1 <= len(found.candidates) <= pairs
+    assert found.best_score >= max(found.singles[pair] for pair in found.candidates)
+
+
 def test_screened_refuses_a_model_without_gradients(samples):
     with torch.inference_mode():
         sam = build_sam()

@@ -197,7 +197,8 @@ def test_expanded_gradient(device):
 )
 def test_any_shape(device, size, outputs, kernel_size, dilation, layout):
     args = arguments(size, outputs, kernel_size, device=device, layout=layout)
-    operator_checks.check_accuracy(call(dilation=dilation), args, FP32_LIMIT)
+    # The bias gradient of one channel may cancel to almost nothing.
+    operator_checks.check_accuracy(call(dilation=dilation), args, FP32_LIMIT, least_share=0.1)
 
 
 SMALL = ((2, 3, 4, 5), 2, (3, 3))

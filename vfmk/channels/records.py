@@ -86,12 +86,11 @@ class Records:
     def add(self, scores: Mapping[PairSet, float]) -> None:
         """Take in and write down new scores; the frozen model's must come first."""
         self.scores |= scores
-        frozen = self.scores[()]
         self._write(
             {
                 "pairs": pairs,
                 "miou": score,
-                "delta": score - frozen,
+                "delta": score - self.scores[()],
                 "samples": self.samples,
                 **({} if pairs else {"run": self.run}),
             }
@@ -102,11 +101,10 @@ class Records:
         """The same, with the scores of those that were not dropped."""
         self.raced |= raced
         self.scores |= scores
-        frozen = self.scores[()]
         self._write(
             {
                 "pairs": pairs,
-                "miou": scores.get(pairs, frozen + found.gain),
+                "miou": scores.get(pairs, self.scores[()] + found.gain),
                 "delta": found.gain,
                 "samples": found.samples,
                 "spread": found.spread,

@@ -120,6 +120,7 @@ def promises_of(
         deviations[number] = variance.sqrt()
         energy += of_group
     deviations *= (max(energy, 0.0) / known.sum()).sqrt()
+    bars = bars.clamp(min=gains[known].min())  # where fewer are known than wanted
     return (means - bars[:, None]) / deviations.clamp(min=TINY), float(fitted[0] / scales[0])
 
 
