@@ -12,7 +12,7 @@ demo: $(READY)
 	$(VENV)/bin/vfmk demo --output report
 
 test: $(READY)
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2  # one thread each
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist worksteal  # one thread each
 
 bench: $(READY)
 	$(RUN) -m pytest bench --benchmark-json build/bench.json
