@@ -181,19 +181,11 @@ def _empty(size: Sequence[int], like: Tensor, dim: int, channels_last: bool) -> 
     return like.new_empty(innermost).movedim(-1, dim)
 
 
-def _is_dense(tensor: Tensor, dim: int, channels_last: bool) -> bool:
-    return (tensor.movedim(dim, -1) if channels_last else tensor).is_contiguous()
-
-
 def _in_layout(tensor: Tensor, dim: int, channels_last: bool) -> Tensor:
     """Dense: itself, or a copy."""
-    if _is_dense(tensor, dim, channels_last):
-        return tensor
-    return (
-        tensor.movedim(dim, -1).contiguous().movedim(-1, dim)
-        if channels_last
-        else tensor.contiguous()
-    )
+    if channels_last:
+        return tensor.movedim(dim, -1).contiguous().movedim(-1, dim)
+    return tensor.contiguous()
 
 
 def _planes(tensor: Tensor, dim: int, per_sample: bool, channels_last: bool) -> Tensor:

@@ -133,11 +133,11 @@ def _empty_gradients(
     wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A tensor for each gradient, empty ([0]) for those that nobody wants."""
-    return (
-        _empty(input.shape, input, _channels_last(input)) if wanted[0] else input.new_empty(0),
-        weight.new_empty(weight.shape if wanted[1] else 0),
-        weight.new_empty(weight.shape if wanted[2] else 0),
+    grad_input = (
+        _empty(input.shape, input, _channels_last(input)) if wanted[0] else input.new_empty(0)
     )
+    grad_weight, grad_bias = _contract.empty_gradients((weight, weight), wanted[1:])
+    return grad_input, grad_weight, grad_bias
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
