@@ -2,6 +2,7 @@
 // tensor to plain data, and the checks without which a kernel could leave a tensor's memory.
 #pragma once
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
@@ -9,6 +10,7 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "dtype.h"
 #include "library.h"
@@ -113,8 +115,26 @@ void merge_rows(Problem& problem, std::initializer_list<Strides*> activations) {
   for (Strides* strides : activations) strides->column = 1;  // of one column it was any
 }
 
+// Uninitialised, on the device of `like`; straight from the allocator, past the dispatcher.
+inline Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
+                            int32_t dtype, const Tensor& like) {
+  int32_t device = 0;
+  AtenTensorHandle result = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()),
+                                                         sizes.data(), strides.data(), dtype,
+                                                         device, like.get_device_index(), &result));
+  return Tensor(result);
+}
+
+inline int32_t raw_dtype(const Tensor& tensor) {
+  int32_t dtype = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
+  return dtype;
+}
+
 inline Tensor new_workspace(int64_t floats, const Tensor& like) {
-  return torch::stable::empty({floats}, ScalarType::Float, std::nullopt, like.device());
+  return empty_strided({floats}, {1}, aoti_torch_dtype_float32(), like);
 }
 
 // What a kernel takes for granted of a tensor's strides.

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 BOTH = ("forward", "backward")  # the kernels of a differentiable operator
@@ -33,7 +34,7 @@ class Implementation(NamedTuple):
 
 
 _operators: dict[str, dict[str, Implementation]] = {}
-_forced: str | None = None
+_forced = os.environ.get("VFMK_BACKEND") or None
 
 
 class BackendError(RuntimeError):
@@ -62,7 +63,7 @@ def use_backend(name: str) -> Iterator[None]:
     """Run every vfmk operator on the backend `name` inside the block, or raise BackendError.
 
     Holds for the whole process, because autograd runs backward on threads of its own.
-    VFMK_BACKEND does the same from outside.
+    VFMK_BACKEND, read when vfmk is imported, does the same from outside.
     """
     global _forced
     if torch.compiler.is_compiling():
@@ -76,7 +77,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 def kernel(operator: str, name: str, *args: Any) -> Callable[..., Any]:
     """The kernel `name` ("forward", "backward") of the backend that is to run `args`."""
-    forced = _forced or os.environ.get("VFMK_BACKEND")
+    forced = _forced
     allowed = (_checked(forced, "VFMK_BACKEND"),) if forced else BACKENDS
     for backend in allowed:
         if not _reason(operator, backend, args):
@@ -84,6 +85,21 @@ def kernel(operator: str, name: str, *args: Any) -> Callable[..., Any]:
     wanted = f"the backend {forced!r} cannot run this call" if forced else "no backend can run it"
     reasons = [f"{backend}: {_reason(operator, backend, args)}" for backend in allowed]
     raise BackendError(f"{operator}: {wanted}\n  " + "\n  ".join(reasons))
+
+
+def native_at_once(operator: str, name: str, tensor: Tensor) -> Callable[..., Any] | None:
+    """The function `name` of the native library, where that is what runs `operator` on `tensor`'s
+    device: no other backend comes before it, and none is asked for by name."""
+    backend = "cuda" if tensor.is_cuda else "cpu"
+    return _native_function(operator, name, backend) if _forced in (None, backend) else None
+
+
+@functools.cache
+def _native_function(operator: str, name: str, backend: str) -> Callable[..., Any] | None:
+    if _missing(operator, backend):
+        return None
+    function: Callable[..., Any] = getattr(torch.ops.vfmk_native, f"{operator}_{name}").default._op
+    return function
 
 
 def _reason(operator: str, backend: str, args: tuple[Any, ...]) -> str:

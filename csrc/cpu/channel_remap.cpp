@@ -32,7 +32,10 @@ using Item = Pixels<PIXELS>;
 
 template <typename Format>
 float element(const typename Format::Element* data, int64_t at) {
-  return data == nullptr ? 1.0f : load<Format>(data + at, 1)[0];
+  typename Format::Raw raw = {};
+  if (data == nullptr) return 1.0f;
+  raw[0] = data[at];
+  return Format::decode(raw)[0];
 }
 
 // A whole vector past the caches; `to` is aligned to it.
@@ -96,6 +99,22 @@ struct Target {
   }
 };
 
+// function(sample, map, channel) for items begin ... end - 1, of which a sample has `channels`.
+// Where planes are small a division for each would take as long as the plane.
+template <typename Function>
+void for_planes(const Problem& problem, int64_t channels, int64_t begin, int64_t end,
+                const Function& function) {
+  int64_t sample = begin / channels, channel = begin % channels;
+  while (begin < end) {
+    const int64_t map = sample / problem.samples;
+    const int64_t stop = minimum(channels, channel + end - begin);
+    begin += stop - channel;
+    for (; channel < stop; ++channel) function(sample, map, channel);
+    channel = 0;
+    ++sample;
+  }
+}
+
 template <typename Format>
 void forward_planes(const Problem& problem, const Forward& arguments) {
   using Element = typename Format::Element;
@@ -103,10 +122,8 @@ void forward_planes(const Problem& problem, const Forward& arguments) {
   const int64_t items = problem.maps * problem.samples * problem.output_channels;
   const auto body = [&](int64_t begin, int64_t end) {
     const Target<Format> output(problem, arguments.output, problem.output, problem.output_channels);
-    for (int64_t item = begin; item < end; ++item) {
-      const int64_t sample = item / problem.output_channels;
-      const int64_t channel = item % problem.output_channels;
-      const int64_t entry = sample / problem.samples * problem.output_channels + channel;
+    const auto plane = [&](int64_t sample, int64_t map, int64_t channel) {
+      const int64_t entry = map * problem.output_channels + channel;
       const auto* from = static_cast<const Element*>(arguments.input) +
                          sample * problem.input.batch +
                          arguments.index[entry] * problem.input.channel;
@@ -124,7 +141,8 @@ void forward_planes(const Problem& problem, const Forward& arguments) {
         from += problem.input.row;
         to += problem.output.row;
       }
-    }
+    };
+    for_planes(problem, problem.output_channels, begin, end, plane);
   };
   parallel_for(items, grain(problem.rows * problem.columns), body);
 }
@@ -222,10 +240,7 @@ void backward_planes(const Problem& problem, const Backward& arguments) {
     const Target<Format> grad_input(problem, arguments.grad_input, problem.grad_input,
                                     problem.input_channels);
     Vec* sums = reinterpret_cast<Vec*>(thread_scratch(problem.output_channels * LANES));
-    for (int64_t item = begin; item < end; ++item) {
-      const int64_t sample = item / problem.input_channels;
-      const int64_t channel = item % problem.input_channels;
-      const int64_t map = sample / problem.samples;
+    const auto plane = [&](int64_t sample, int64_t map, int64_t channel) {
       const Inverse inverse(problem, arguments.workspace, map);
       const int32_t* first = inverse.readers + inverse.starts[channel];
       const int32_t* last = inverse.readers + inverse.starts[channel + 1];
@@ -277,7 +292,8 @@ void backward_planes(const Problem& problem, const Backward& arguments) {
           sums_of(problem, arguments.workspace, sample)[*r] = sum_of_lanes(sums[*r]);
         }
       }
-    }
+    };
+    for_planes(problem, problem.input_channels, begin, end, plane);
   };
   parallel_for(items, grain(problem.rows * problem.columns), body);
 }

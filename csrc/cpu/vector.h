@@ -81,6 +81,12 @@ struct Float16 {
 #endif
 };
 
+inline Lane lane_index() {
+  Lane index;
+  for (int lane = 0; lane < LANES; ++lane) index[lane] = lane;
+  return index;
+}
+
 // The first `count` lanes in memory; the others read as zero and are not written. count may exceed
 // LANES.
 template <typename Format>
@@ -94,6 +100,12 @@ inline Vec load(const typename Format::Element* from, int64_t count = LANES) {
       raw = (Vec)_mm512_maskz_loadu_ps((1 << count) - 1, from);
     } else {
       raw = (HalfBits)_mm256_maskz_loadu_epi16((1 << count) - 1, from);
+    }
+#elif defined(__AVX2__)
+    if constexpr (sizeof *from == 4) {
+      raw = (Vec)_mm256_maskload_ps(from, (__m256i)(lane_index() < static_cast<int32_t>(count)));
+    } else {
+      for (int lane = 0; lane < count; ++lane) raw[lane] = from[lane];
     }
 #else
     for (int lane = 0; lane < count; ++lane) raw[lane] = from[lane];
@@ -118,12 +130,6 @@ inline void store(typename Format::Element* to, Vec value, int64_t count = LANES
     for (int lane = 0; lane < count; ++lane) to[lane] = raw[lane];
 #endif
   }
-}
-
-inline Lane lane_index() {
-  Lane index;
-  for (int lane = 0; lane < LANES; ++lane) index[lane] = lane;
-  return index;
 }
 
 // The value, loaded once: without this GCC repeats a load in every multiply-add that uses it.

@@ -326,6 +326,33 @@ def test_autocast(device, dtype):
         assert vfmk.ops.channel_remap(args[0], index).dtype == torch.float32
 
 
+@pytest.mark.parametrize("per_sample", [False, True])
+@pytest.mark.parametrize(
+    ("size", "dim", "layout"),
+    [
+        ((2, 6, 5, 7), 1, "contiguous"),
+        ((2, 6, 5, 7), 1, "channels_last"),
+        ((2, 6, 5, 7), 1, "channels_of_wider"),
+        ((2, 5, 7, 6), 3, "contiguous"),
+        ((2, 5, 6), -1, "contiguous"),
+        ((2, 5, 6, 7), 2, "contiguous"),
+        ((2, 3, 6, 5, 7), 2, "contiguous"),
+    ],
+)
+def test_usual_tensors_take_one_native_call(size, dim, layout, per_sample):
+    """None would be the answer for those that have to be copied or reshaped first."""
+    with operator_checks.target(NAME, "cpu"):
+        (input, scale), index = arguments(size, 9, dim=dim, per_sample=per_sample, layout=layout)
+        native = vfmk._backends.native_at_once(NAME, "at_once", input)
+        output = native(input, index, scale, dim)
+        expected = vfmk.ops.channel_remap(input, index, scale, dim=dim)
+        assert torch.equal(output, expected)
+        assert output.stride() == expected.stride()
+        assert native(input.double(), index, scale.double(), dim) is None
+        assert native(input, index, scale[..., 1:], dim) is None
+        assert native(input, index, scale, len(size)) is None
+
+
 def test_meta_tensors():
     output = vfmk.ops.channel_remap(INPUT.to("meta"), INDEX.to("meta"))
     assert output.shape == INPUT.shape

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from vfmk import _backends
-from vfmk.ops import _contract, _implementations
+from vfmk.ops import _contract, _implementations, _operator
 from vfmk.reference.padding import resolve_padding
 
 
@@ -71,14 +71,14 @@ def empty(size: Sequence[int], like: Tensor) -> Tensor:
     return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=layout(like))
 
 
-def define(operator: str, *, native: Sequence[str]) -> None:
-    """The custom ops vfmk::`operator` and its backward, their fakes, autograd and backends.
+def define(operator: str, *, native: Sequence[str]) -> _operator.Operator:
+    """The operator vfmk::`operator`, its backward, their fakes, autograd and backends.
 
     Args:
         native: devices that the compiled library has kernels for.
     """
 
-    @torch.library.custom_op(f"vfmk::{operator}", mutates_args=())
+    @_operator.define(operator)
     def forward(
         input: Tensor,
         weight: Tensor,
@@ -109,7 +109,7 @@ def define(operator: str, *, native: Sequence[str]) -> None:
         size = output_size(input, weight, padding, dilation)
         return empty((input.shape[0], weight.shape[1], *size), input)
 
-    @torch.library.custom_op(f"vfmk::{operator}_backward", mutates_args=())
+    @_operator.define(f"{operator}_backward")
     def backward(
         grad_output: Tensor,
         input: Tensor,
@@ -159,3 +159,4 @@ def define(operator: str, *, native: Sequence[str]) -> None:
 
     forward.register_autograd(gradients, setup_context=setup_context)
     _implementations.register(operator, native=native)
+    return forward

@@ -2,11 +2,10 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from vfmk import _backends
-from vfmk.ops import _contract, _implementations
+from vfmk.ops import _contract, _implementations, _operator
 from vfmk.reference.sums import dtype_of_sums
 
 NAME = "adapter_attention"
@@ -58,7 +57,7 @@ def adapter_attention(
     input, qkv_weight, qkv_bias = _contract.autocast(  # type: ignore[assignment]
         input, qkv_weight, qkv_bias
     )
-    return torch.ops.vfmk.adapter_attention(input, qkv_weight, qkv_bias, num_heads, scale)[0]
+    return _forward(input, qkv_weight, qkv_bias, num_heads, scale)[0]
 
 
 def _check(input: Tensor, qkv_weight: Tensor, qkv_bias: Tensor, num_heads: int) -> None:
@@ -83,7 +82,7 @@ def _check(input: Tensor, qkv_weight: Tensor, qkv_bias: Tensor, num_heads: int) 
         raise ValueError(f"{NAME}: num_heads must be a divisor of r = {rank}, got {num_heads}")
 
 
-@torch.library.custom_op(f"vfmk::{NAME}", mutates_args=())
+@_operator.define(NAME)
 @_backends.without_autocast
 def _forward(
     input: Tensor, qkv_weight: Tensor, qkv_bias: Tensor, num_heads: int, scale: float
@@ -108,7 +107,7 @@ def _empty_output(
     return input.new_empty(input.shape), log_sum_exp
 
 
-@torch.library.custom_op(f"vfmk::{NAME}_backward", mutates_args=())
+@_operator.define(f"{NAME}_backward")
 @_backends.without_autocast
 def _backward(
     grad_output: Tensor,
@@ -163,9 +162,7 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 def _gradients(ctx, grad_output: Tensor, _: Tensor | None):  # type: ignore[no-untyped-def]
     wanted = list(ctx.needs_input_grad[:3])
-    gradients = torch.ops.vfmk.adapter_attention_backward(
-        grad_output, *ctx.saved_tensors, ctx.num_heads, ctx.scale, wanted
-    )
+    gradients = _backward(grad_output, *ctx.saved_tensors, ctx.num_heads, ctx.scale, wanted)
     return *_contract.if_wanted(gradients, wanted), None, None
 
 

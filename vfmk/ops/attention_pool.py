@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from vfmk import _backends
-from vfmk.ops import _contract, _implementations
+from vfmk.ops import _contract, _implementations, _operator
 from vfmk.reference.sums import dtype_of_sums
 
 NAME = "attention_pool"
@@ -48,10 +48,10 @@ def attention_pool(tokens: Tensor, queries: Tensor, *, scale: float = 1.0) -> Te
         )
     scale = _contract.as_float(NAME, "scale", scale)
     tokens, queries = _contract.autocast(tokens, queries)  # type: ignore[assignment]
-    return torch.ops.vfmk.attention_pool(tokens, queries, scale)[0]
+    return _forward(tokens, queries, scale)[0]
 
 
-@torch.library.custom_op(f"vfmk::{NAME}", mutates_args=())
+@_operator.define(NAME)
 @_backends.without_autocast
 def _forward(tokens: Tensor, queries: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     output, log_sum_exp = _empty_output(tokens, queries, scale)
@@ -73,7 +73,7 @@ def _empty_output(tokens: Tensor, queries: Tensor, scale: float) -> tuple[Tensor
     return output, tokens.new_empty(shape, dtype=dtype_of_sums(tokens))
 
 
-@torch.library.custom_op(f"vfmk::{NAME}_backward", mutates_args=())
+@_operator.define(f"{NAME}_backward")
 @_backends.without_autocast
 def _backward(
     grad_output: Tensor,
@@ -120,9 +120,7 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 def _gradients(ctx, grad_output: Tensor, _: Tensor | None):  # type: ignore[no-untyped-def]
     wanted = list(ctx.needs_input_grad[:2])
-    gradients = torch.ops.vfmk.attention_pool_backward(
-        grad_output, *ctx.saved_tensors, ctx.scale, wanted
-    )
+    gradients = _backward(grad_output, *ctx.saved_tensors, ctx.scale, wanted)
     return *_contract.if_wanted(gradients, wanted), None
 
 

@@ -2,12 +2,13 @@
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vfmk import _backends
-from vfmk.ops import _contract, _implementations
+from vfmk.ops import _contract, _implementations, _operator
 
 NAME = "channel_remap"
 
@@ -53,6 +54,8 @@ def channel_remap(
     Source: parameter-free fine-tuning of SAM, which overwrites redundant feature channels with
     useful ones.
     """
+    if (output := _at_once(input, index, scale, dim)) is not None:
+        return output
     _contract.check_tensor(NAME, "input", input, "..., C, ...")
     dim = _checked_dim(input, dim)
     _check_index(input, index, dim)
@@ -64,7 +67,24 @@ def channel_remap(
             )
         _contract.check_alike(NAME, input, scale=scale)
         input, scale = _contract.autocast(input, scale)  # type: ignore[assignment]
-    return torch.ops.vfmk.channel_remap(input, index, scale, dim)
+    return _forward(input, index, scale, dim)
+
+
+def _at_once(input: Any, index: Any, scale: Any, dim: Any) -> Tensor | None:
+    """From one call of the native library, which checks, allocates and computes; None if there is
+    more to do: a gradient, another backend, a copy, or a word on what is wrong."""
+    if (
+        not isinstance(input, Tensor)
+        or not isinstance(index, Tensor)
+        or not (scale is None or isinstance(scale, Tensor))
+        or type(dim) is not int
+        or torch._C._is_any_autocast_enabled()
+        or not _operator.is_plain(input, index, scale)
+        or _operator.needs_gradient(input, scale)
+    ):
+        return None
+    native = _backends.native_at_once(NAME, "at_once", input)
+    return None if native is None else native(input, index, scale, dim)
 
 
 def _checked_dim(input: Tensor, dim: int) -> int:
@@ -84,8 +104,11 @@ def _check_index(input: Tensor, index: Tensor, dim: int) -> None:
         )
 
 
-@torch.library.custom_op(f"vfmk::{NAME}", mutates_args=())
+@_operator.define(NAME)
 def _forward(input: Tensor, index: Tensor, scale: Tensor | None, dim: int) -> Tensor:
+    native = _backends.native_at_once(NAME, "at_once", input)
+    if native is not None and (output := native(input, index, scale, dim)) is not None:
+        return output
     output, channels_last = _empty_output(input, index, scale, dim), _channels_last(input, dim)
     per_sample = index.dim() == 2
     _backends.kernel(NAME, "forward", input)(
@@ -103,7 +126,7 @@ def _empty_output(input: Tensor, index: Tensor, scale: Tensor | None, dim: int) 
     return _empty(size, input, dim, _channels_last(input, dim))
 
 
-@torch.library.custom_op(f"vfmk::{NAME}_backward", mutates_args=())
+@_operator.define(f"{NAME}_backward")
 def _backward(
     grad_output: Tensor,
     input: Tensor | None,
@@ -114,6 +137,13 @@ def _backward(
     channels_last: bool,
     wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor]:
+    native = _backends.native_at_once(NAME, "gradients_at_once", grad_output)
+    if native is not None and (
+        found := native(
+            grad_output, input, index, scale, input_channels, dim, channels_last, *wanted
+        )
+    ):
+        return found[0], found[1]
     gradients = _empty_gradients(
         grad_output, input, index, scale, input_channels, dim, channels_last, wanted
     )
@@ -159,7 +189,7 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 def _gradients(ctx, grad_output: Tensor):  # type: ignore[no-untyped-def]
     wanted = [ctx.needs_input_grad[0], ctx.needs_input_grad[2]]
-    grad_input, grad_scale = torch.ops.vfmk.channel_remap_backward(
+    grad_input, grad_scale = _backward(
         grad_output, *ctx.saved_tensors, ctx.input_channels, ctx.dim, ctx.channels_last, wanted
     )
     return (grad_input if wanted[0] else None, None, grad_scale if wanted[1] else None, None)

@@ -1,6 +1,5 @@
 """Dense convolution whose kernels differ from sample to sample."""
 
-import torch
 from torch import Tensor
 
 from vfmk.ops import _contract, _convolution
@@ -67,7 +66,7 @@ def dynamic_conv2d(
     _convolution.check_batch(NAME, input, weight=weight, bias=bias)
     sides, steps = _convolution.checked_geometry(NAME, input, weight, padding, dilation)
     input, weight, bias = _contract.autocast(input, weight, bias)  # type: ignore[assignment]
-    return torch.ops.vfmk.dynamic_conv2d(input, weight, bias, sides, steps)
+    return _forward(input, weight, bias, sides, steps)
 
 
-_convolution.define(NAME, native=("cpu",))
+_forward = _convolution.define(NAME, native=("cpu",))

@@ -1,6 +1,5 @@
 """Depthwise convolution whose kernels differ from sample to sample."""
 
-import torch
 from torch import Tensor
 
 from vfmk.ops import _contract, _convolution
@@ -61,7 +60,7 @@ def dynamic_depthwise_conv2d(
     _convolution.check_batch(NAME, input, weight=weight, bias=bias)
     sides, steps = _convolution.checked_geometry(NAME, input, weight, padding, dilation)
     input, weight, bias = _contract.autocast(input, weight, bias)  # type: ignore[assignment]
-    return torch.ops.vfmk.dynamic_depthwise_conv2d(input, weight, bias, sides, steps)
+    return _forward(input, weight, bias, sides, steps)
 
 
 def _check_channels(input: Tensor, **others: Tensor | None) -> None:
@@ -73,4 +72,4 @@ def _check_channels(input: Tensor, **others: Tensor | None) -> None:
             )
 
 
-_convolution.define(NAME, native=("cuda", "cpu"))
+_forward = _convolution.define(NAME, native=("cuda", "cpu"))

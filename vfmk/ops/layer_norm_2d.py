@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from vfmk import _backends
-from vfmk.ops import _contract, _implementations
+from vfmk.ops import _contract, _implementations, _operator
 from vfmk.reference.sums import dtype_of_sums
 
 NAME = "layer_norm_2d"
@@ -66,10 +66,10 @@ def layer_norm_2d(
         _contract.check_index(NAME, input, index, "[C']", 1)
     eps = _contract.as_float(NAME, "eps", eps)
     input, weight, bias = _contract.autocast(input, weight, bias, dtype=torch.float32)  # type: ignore[assignment]
-    return torch.ops.vfmk.layer_norm_2d(input, weight, bias, index, eps)[0]
+    return _forward(input, weight, bias, index, eps)[0]
 
 
-@torch.library.custom_op(f"vfmk::{NAME}", mutates_args=())
+@_operator.define(NAME)
 def _forward(
     input: Tensor, weight: Tensor, bias: Tensor, index: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -102,7 +102,7 @@ def _empty_output(
     )
 
 
-@torch.library.custom_op(f"vfmk::{NAME}_backward", mutates_args=())
+@_operator.define(f"{NAME}_backward")
 def _backward(
     grad_output: Tensor,
     input: Tensor,
@@ -149,7 +149,7 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 def _gradients(ctx, grad_output: Tensor, *_: Tensor | None):  # type: ignore[no-untyped-def]
     wanted = list(ctx.needs_input_grad[:3])
-    gradients = torch.ops.vfmk.layer_norm_2d_backward(grad_output, *ctx.saved_tensors, wanted)
+    gradients = _backward(grad_output, *ctx.saved_tensors, wanted)
     return *_contract.if_wanted(gradients, wanted), None, None
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vfmk import _backends
-from vfmk.ops import _contract, _implementations
+from vfmk.ops import _contract, _implementations, _operator
 
 NAME = "mask_iou"
 
@@ -71,9 +71,7 @@ def mask_iou(
         )
     if logits.shape[1] < 1 or logits.shape[2] < 1:
         raise ValueError(f"{NAME}: logits has an empty mask, {list(logits.shape)}")
-    return torch.ops.vfmk.mask_iou(
-        logits.detach(), target, input_pair, side, _checked_threshold(threshold)
-    )
+    return _forward(logits.detach(), target, input_pair, side, _checked_threshold(threshold))
 
 
 def _check_target(logits: Tensor, target: Any) -> None:
@@ -97,7 +95,7 @@ def _checked_threshold(threshold: Any) -> float:
     return float(threshold)
 
 
-@torch.library.custom_op(f"vfmk::{NAME}", mutates_args=())
+@_operator.define(NAME)
 def _forward(
     logits: Tensor, target: Tensor, input_size: Sequence[int], image_size: int, threshold: float
 ) -> Tensor:

@@ -2,11 +2,10 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from vfmk import _backends
-from vfmk.ops import _contract, _implementations, _rel_pos
+from vfmk.ops import _contract, _implementations, _operator, _rel_pos
 
 NAME = "rel_pos_attention"
 
@@ -63,7 +62,7 @@ def rel_pos_attention(
         query, key, value, tables
     )
     grids = (t.unflatten(2, grid_size).permute(0, 2, 3, 1, 4) for t in (query, key, value))
-    output, _ = torch.ops.vfmk.rel_pos_attention(*grids, tables, grid_size, scale)
+    output, _ = _forward(*grids, tables, grid_size, scale)
     return output.permute(0, 3, 1, 2, 4).flatten(2, 3)
 
 
@@ -88,7 +87,7 @@ def _check_attention(query: Tensor, key: Tensor, value: Tensor, grid_size: tuple
         )
 
 
-@torch.library.custom_op(f"vfmk::{NAME}", mutates_args=())
+@_operator.define(NAME)
 @_backends.without_autocast
 def _forward(
     query: Tensor,
@@ -117,7 +116,7 @@ def _empty_output(
     return query.new_empty(query.shape), _rel_pos.new_log_sum_exp(query)
 
 
-@torch.library.custom_op(f"vfmk::{NAME}_backward", mutates_args=())
+@_operator.define(f"{NAME}_backward")
 @_backends.without_autocast
 def _backward(
     grad_output: Tensor,
@@ -178,9 +177,7 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 def _gradients(ctx, grad_output: Tensor, _: Tensor | None):  # type: ignore[no-untyped-def]
     wanted = list(ctx.needs_input_grad[:4])
-    gradients = torch.ops.vfmk.rel_pos_attention_backward(
-        grad_output, *ctx.saved_tensors, ctx.window_size, ctx.scale, wanted
-    )
+    gradients = _backward(grad_output, *ctx.saved_tensors, ctx.window_size, ctx.scale, wanted)
     return *_contract.if_wanted(gradients, wanted), None, None
 
 

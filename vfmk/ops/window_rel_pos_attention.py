@@ -2,11 +2,10 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from vfmk import _backends
-from vfmk.ops import _contract, _implementations, _rel_pos
+from vfmk.ops import _contract, _implementations, _operator, _rel_pos
 
 NAME = "window_rel_pos_attention"
 
@@ -76,11 +75,11 @@ def window_rel_pos_attention(
     qkv, qkv_bias, tables = _contract.autocast(qkv, qkv_bias, tables)  # type: ignore[assignment]
     packed = qkv.unflatten(3, (3, num_heads, head_width))
     padding = qkv_bias.unflatten(0, (3, num_heads, head_width))
-    output, _ = torch.ops.vfmk.window_rel_pos_attention(packed, padding, tables, window, scale)
+    output, _ = _forward(packed, padding, tables, window, scale)
     return output.flatten(3)
 
 
-@torch.library.custom_op(f"vfmk::{NAME}", mutates_args=())
+@_operator.define(NAME)
 @_backends.without_autocast
 def _forward(
     qkv: Tensor, padding: Tensor, tables: Tensor, window_size: Sequence[int], scale: float
@@ -102,7 +101,7 @@ def _empty_output(
     return query.new_empty(query.shape), _rel_pos.new_log_sum_exp(query)
 
 
-@torch.library.custom_op(f"vfmk::{NAME}_backward", mutates_args=())
+@_operator.define(f"{NAME}_backward")
 @_backends.without_autocast
 def _backward(
     grad_output: Tensor,
@@ -167,9 +166,7 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 def _gradients(ctx, grad_output: Tensor, _: Tensor | None):  # type: ignore[no-untyped-def]
     wanted = list(ctx.needs_input_grad[:3])
-    gradients = torch.ops.vfmk.window_rel_pos_attention_backward(
-        grad_output, *ctx.saved_tensors, ctx.window_size, ctx.scale, wanted
-    )
+    gradients = _backward(grad_output, *ctx.saved_tensors, ctx.window_size, ctx.scale, wanted)
     return *_contract.if_wanted(gradients, wanted), None, None
 
 
