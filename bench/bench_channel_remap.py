@@ -14,7 +14,7 @@ from torch import Tensor
 import vfmk
 from bench.harness import Case, measure
 
-CPU_SIZES = [(1, 256, 32, 32), (1, 256, 64, 64), (8, 256, 64, 64)]
+CPU_SIZES = [(1, 64, 8, 8), (1, 256, 16, 16), (1, 256, 32, 32), (1, 256, 64, 64), (8, 256, 64, 64)]
 CUDA_SIZES = [(8, 256, 64, 64), (8, 256, 256, 256)]
 LAYOUTS = {"nchw": 1, "channels_last": 1, "tokens": 3}  # the dimension of the channels
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
