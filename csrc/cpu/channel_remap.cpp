@@ -5,7 +5,7 @@
 // copied as they stand if most stay in place (as when a map exchanges a few), the others element by
 // element; then whole rows are scaled and written. In its backward pixels are transposed on the way
 // in and out, LANES at a time, through planes that stay in the cache, where a channel's readers are
-// as good as neighbours.
+// as good as neighbours; unless most channels keep their place: then rows, as in forward.
 //
 // Backward gathers: each input channel adds up its readers in ascending order and is written once.
 // A reader's share of grad_scale is summed at the same time, over one item, and the items' sums are
@@ -331,6 +331,121 @@ void store_planes(const Target<Format>& target, typename Format::Element* to, in
   }
 }
 
+// One channels-last item of backward, and what its thread works in.
+template <typename Format>
+struct BackwardItem {
+  using Element = typename Format::Element;
+  const Problem& problem;
+  Inverse inverse;
+  const int64_t* index;          // of its map
+  const float* factors;          // [output_channels], of its map
+  int64_t pixels;                // of the item
+  const Element* grad_output;    // of its first pixel, as the next two
+  const Element* input;          // null: no sums for grad_scale
+  Element* grad_input;           // null: nobody wants it
+  const Target<Format>& target;  // that writes it
+  Vec* sums;                     // for grad_scale, zeros: [output_channels]
+
+  // LANES pixels at a time, through planes of the channels.
+  template <bool WITH_SUMS>
+  void transposed(Vec* scratch) const {
+    Vec* gradients = scratch;
+    Vec* planes = scratch + round_up(problem.output_channels, LANES);
+    for (int64_t pixel = 0; pixel < pixels; pixel += LANES) {
+      const int64_t count = minimum(pixels - pixel, LANES);
+      load_planes<Format>(grad_output + pixel * problem.output.column, problem.output.column, count,
+                          problem.output_channels, gradients);
+      if (WITH_SUMS) {
+        load_planes<Format>(input + pixel * problem.input.column, problem.input.column, count,
+                            problem.input_channels, planes);
+        for (int64_t c = 0; c < problem.output_channels; c += LANES) {
+          Vec products[LANES];
+#pragma GCC unroll 16
+          for (int lane = 0; lane < LANES; ++lane) {
+            const int64_t last = problem.output_channels - 1;
+            products[lane] = gradients[c + lane] * planes[index[minimum(c + lane, last)]];
+          }
+          sums[c / LANES] += combine_lanes(products, [](Vec a, Vec b) { return a + b; });
+        }
+      }
+      if (grad_input == nullptr) continue;
+      for (int64_t c = 0; c < problem.input_channels; ++c) {
+        Vec total = {};
+        for (int32_t r = inverse.starts[c]; r < inverse.starts[c + 1]; ++r) {
+          total += factors[inverse.readers[r]] * gradients[inverse.readers[r]];
+        }
+        planes[c] = total;
+      }
+      store_planes<Format>(target, grad_input + pixel * problem.grad_input.column,
+                           problem.grad_input.column, count, problem.input_channels, planes);
+    }
+  }
+
+  // Channels that more or others read than they themselves.
+  int64_t changed(int32_t* channels) const {
+    int64_t count = 0;
+    for (int64_t c = 0; c < problem.input_channels; ++c) {
+      if (!inverse.reads_itself_alone(c)) channels[count++] = c;
+    }
+    return count;
+  }
+
+  // Pixel by pixel: the row as it stands, then the channels that changed. The products of those in
+  // the wrong place are dropped at the end for their own.
+  template <bool WITH_SUMS>
+  void in_rows(const int32_t* channels, int64_t count, Vec* scratch) const {
+    const int64_t outputs = problem.output_channels;
+    const int64_t staying = minimum(problem.input_channels, outputs);
+    float* row = reinterpret_cast<float*>(scratch);                     // [input_channels]
+    float* moved_sums = row + round_up(problem.input_channels, LANES);  // [output_channels]
+    Vec* block = reinterpret_cast<Vec*>(moved_sums + round_up(outputs, LANES));
+    auto* moved = reinterpret_cast<int32_t*>(block + round_up(outputs, LANES) / LANES);
+    int64_t moves = 0;
+    for (int64_t c = 0; c < outputs; ++c) {
+      if (index[c] != c) moved[moves++] = c;
+    }
+    for (int64_t m = 0; m < moves; ++m) moved_sums[m] = 0;
+    for (int64_t c = 0; c < problem.input_channels; ++c) row[c] = 0;
+    for (int64_t first = 0; first < pixels; first += LANES) {  // long sums round more
+      for (int64_t c = 0; c < staying; c += LANES) block[c / LANES] = Vec{};
+      for (int64_t pixel = first; pixel < minimum(first + LANES, pixels); ++pixel) {
+        const Element* gradient = grad_output + pixel * problem.output.column;
+        if (WITH_SUMS) {
+          const Element* own = input + pixel * problem.input.column;
+          for (int64_t c = 0; c < staying; c += LANES) {
+            block[c / LANES] +=
+                load<Format>(gradient + c, staying - c) * load<Format>(own + c, staying - c);
+          }
+          for (int64_t m = 0; m < moves; ++m) {
+            moved_sums[m] +=
+                element<Format>(gradient, moved[m]) * element<Format>(own, index[moved[m]]);
+          }
+        }
+        if (grad_input == nullptr) continue;
+        for (int64_t c = 0; c < staying; c += LANES) {
+          store<Float32>(row + c, load<Format>(gradient + c, staying - c) *
+                                      load<Float32>(factors + c, staying - c));
+        }
+        for (int64_t n = 0; n < count; ++n) {
+          float total = 0;
+          for (int32_t r = inverse.starts[channels[n]]; r < inverse.starts[channels[n] + 1]; ++r) {
+            total += factors[inverse.readers[r]] * element<Format>(gradient, inverse.readers[r]);
+          }
+          row[channels[n]] = total;
+        }
+        Element* to = grad_input + pixel * problem.grad_input.column;
+        for (int64_t c = 0; c < problem.input_channels; c += LANES) {
+          target.write(to + c, load<Float32>(row + c), problem.input_channels - c);
+        }
+      }
+      if (!WITH_SUMS) continue;
+      for (int64_t c = 0; c < staying; c += LANES) sums[c / LANES] += block[c / LANES];
+    }
+    float* sum = reinterpret_cast<float*>(sums);
+    for (int64_t m = 0; m < moves; ++m) sum[moved[m]] = moved_sums[m];
+  }
+};
+
 template <typename Format, bool WITH_SUMS>
 void backward_pixels(const Problem& problem, const Backward& arguments) {
   using Element = typename Format::Element;
@@ -338,60 +453,41 @@ void backward_pixels(const Problem& problem, const Backward& arguments) {
   const int64_t inputs = round_up(problem.input_channels, LANES);
   const int64_t outputs = round_up(problem.output_channels, LANES);
   const auto body = [&](int64_t begin, int64_t end) {
-    const Target<Format> grad_input(problem, arguments.grad_input, problem.grad_input,
-                                    problem.input_channels);
-    // Per thread: planes of grad_output | planes of the input, then of grad_input | sums | scale.
-    float* scratch = thread_scratch((outputs + inputs) * LANES + 2 * outputs);
-    Vec* gradients = reinterpret_cast<Vec*>(scratch);
-    Vec* planes = gradients + outputs;
-    Vec* sums = planes + inputs;
-    float* factors = reinterpret_cast<float*>(sums + outputs / LANES);
-    for (int64_t item = begin; item < end; ++item) {
-      const Item pixels(problem, item);
+    const Target<Format> target(problem, arguments.grad_input, problem.grad_input,
+                                problem.input_channels);
+    // Per thread: sums | scale | channels that changed | what an item works in.
+    float* scratch = thread_scratch(2 * outputs + inputs + (outputs + inputs) * LANES);
+    Vec* sums = reinterpret_cast<Vec*>(scratch);
+    float* factors = scratch + outputs;
+    auto* channels = reinterpret_cast<int32_t*>(factors + outputs);
+    Vec* work = reinterpret_cast<Vec*>(channels + inputs);
+    for (int64_t at = begin; at < end; ++at) {
+      const Item pixels(problem, at);
       const int64_t map = pixels.sample / problem.samples;
-      const int64_t* index = arguments.index + map * problem.output_channels;
-      const Inverse inverse(problem, arguments.workspace, map);
-      const auto* from =
-          pixels.at(static_cast<const Element*>(arguments.grad_output), problem.output);
-      const auto* own = WITH_SUMS
-                            ? pixels.at(static_cast<const Element*>(arguments.input), problem.input)
-                            : nullptr;
-      auto* to =
-          grad_input.data == nullptr ? nullptr : pixels.at(grad_input.data, problem.grad_input);
       for (int64_t c = 0; c < problem.output_channels; ++c) {
         factors[c] = element<Format>(scale, map * problem.output_channels + c);
       }
       for (int64_t c = 0; c < outputs; c += LANES) sums[c / LANES] = Vec{};
-      for (int64_t pixel = 0; pixel < pixels.count; pixel += LANES) {
-        const int64_t count = minimum(pixels.count - pixel, LANES);
-        load_planes<Format>(from + pixel * problem.output.column, problem.output.column, count,
-                            problem.output_channels, gradients);
-        if (WITH_SUMS) {
-          load_planes<Format>(own + pixel * problem.input.column, problem.input.column, count,
-                              problem.input_channels, planes);
-          for (int64_t c = 0; c < problem.output_channels; c += LANES) {
-            Vec products[LANES];
-#pragma GCC unroll 16
-            for (int lane = 0; lane < LANES; ++lane) {
-              const int64_t last = problem.output_channels - 1;
-              products[lane] = gradients[c + lane] * planes[index[minimum(c + lane, last)]];
-            }
-            sums[c / LANES] += combine_lanes(products, [](Vec a, Vec b) { return a + b; });
-          }
-        }
-        if (to == nullptr) continue;
-        for (int64_t c = 0; c < problem.input_channels; ++c) {
-          Vec total = {};
-          for (int32_t r = inverse.starts[c]; r < inverse.starts[c + 1]; ++r) {
-            total += factors[inverse.readers[r]] * gradients[inverse.readers[r]];
-          }
-          planes[c] = total;
-        }
-        store_planes<Format>(grad_input, to + pixel * problem.grad_input.column,
-                             problem.grad_input.column, count, problem.input_channels, planes);
+      const BackwardItem<Format> item{
+          problem,
+          Inverse(problem, arguments.workspace, map),
+          arguments.index + map * problem.output_channels,
+          factors,
+          pixels.count,
+          pixels.at(static_cast<const Element*>(arguments.grad_output), problem.output),
+          WITH_SUMS ? pixels.at(static_cast<const Element*>(arguments.input), problem.input)
+                    : nullptr,
+          target.data == nullptr ? nullptr : pixels.at(target.data, problem.grad_input),
+          target,
+          sums};
+      const int64_t changed = item.changed(channels);
+      if (4 * changed > problem.input_channels) {
+        item.template transposed<WITH_SUMS>(work);
+      } else {
+        item.template in_rows<WITH_SUMS>(channels, changed, work);
       }
       if (WITH_SUMS) {
-        std::memcpy(sums_of(problem, arguments.workspace, item), sums,
+        std::memcpy(sums_of(problem, arguments.workspace, at), sums,
                     problem.output_channels * sizeof(float));
       }
     }

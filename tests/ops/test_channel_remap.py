@@ -1,5 +1,7 @@
 """channel_remap on every backend that runs here, against the float64 reference."""
 
+import functools
+
 import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
@@ -140,6 +142,29 @@ def test_few_channels_exchanged(device, layout):
         args = (input.to(dtype), scale.to(dtype))
         operator_checks.check_accuracy(call(index=index), args, FP32_LIMIT, LEAST_SHARE)
         operator_checks.check_accuracy(call(index=index), (args[0], None), FP32_LIMIT, LEAST_SHARE)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("outputs", [61, 64, 70])
+def test_few_channels_exchanged_and_some_cut_or_added(device, layout, outputs):
+    """One map so, and one of any channels; what is overwritten by another channel is not read."""
+    (input, scale), index = arguments(
+        (2, 64, 9, 11), outputs, per_sample=True, device=device, layout=layout
+    )
+    index[0] = torch.arange(outputs, device=device)
+    index[0, 64:] = 9
+    index[0, [3, 40]] = torch.tensor([17, 0], device=device)
+    check = functools.partial(operator_checks.check_accuracy, call(index=index))
+    for dtype in DTYPES:
+        args = (input.to(dtype), scale.to(dtype))
+        check(args, FP32_LIMIT, LEAST_SHARE)
+        check((args[0], None), FP32_LIMIT, LEAST_SHARE)
+    expected = operator_checks.value_and_gradients(call(index=index), (input, scale))
+    input[0, [3, 40]] = torch.nan
+    found = operator_checks.value_and_gradients(call(index=index), (input, scale))
+    assert torch.equal(found[0][0], expected[0][0])
+    assert torch.equal(found[1], expected[1])
+    assert torch.equal(found[2][0], expected[2][0])
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
