@@ -6,7 +6,8 @@
 
 as the authors' tool writes it; "run" is ours, and says which model and samples the scores are of.
 "spread" is ours too, of pairs that were raced: how much their gain differs between samples. Over
-fewer samples than the run has, a score is an estimate; a later line may have it over all.
+fewer samples than the run has, "miou" is the mean over those, and "delta" what they let expect of
+the gain over all; a later line may have it over all.
 """
 
 import fcntl
@@ -97,14 +98,14 @@ class Records:
             for pairs, score in scores.items()
         )
 
-    def add_raced(self, raced: Mapping[PairSet, Raced], scores: Mapping[PairSet, float]) -> None:
-        """The same, with the scores of those that were not dropped."""
+    def add_raced(self, raced: Mapping[PairSet, Raced], means: Mapping[PairSet, float]) -> None:
+        """The same of a race; of those that were dropped, the means over their samples."""
         self.raced |= raced
-        self.scores |= scores
+        self.scores |= {p: means[p] for p, found in raced.items() if found.samples == self.samples}
         self._write(
             {
                 "pairs": pairs,
-                "miou": scores.get(pairs, self.scores[()] + found.gain),
+                "miou": means[pairs],
                 "delta": found.gain,
                 "samples": found.samples,
                 "spread": found.spread,

@@ -168,14 +168,14 @@ class Scoring:
         # First the sum: what is not finite in one process then stops them all.
         if not _summed(results).isfinite().all():
             raise ValueError("search: a score is not finite")
-        raced, scores = {}, {}
+        raced, means = {}, {}
         for pairs, (score, gain, spread, samples) in zip(block, results.tolist(), strict=True):
             self.passes += int(samples)
+            means[pairs] = score / samples
             if samples == len(self.prepared):
-                scores[pairs] = score / samples
-                gain = scores[pairs] - self.records.scores[()]
+                gain = means[pairs] - self.records.scores[()]
             raced[pairs] = Raced(gain, spread, int(samples))
-        self.records.add_raced(raced, scores)
+        self.records.add_raced(raced, means)
         return raced
 
     def _race_alone(self, sets: Sequence[PairSet], rule: Rule, frozen: Tensor) -> Tensor:
