@@ -68,11 +68,11 @@ def bench_channel_remap(benchmark, device, smoke, size, dtype, layout, kind, dir
             input = random(size[0], *size[2:], channels)
         return (input, random(channels)) if scaled else (input,)
 
-    memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
-
     def times(output: Tensor, scale: Tensor | None) -> Tensor:
         scaled = output if scale is None else output * scale.view(shape)
-        return scaled.contiguous(memory_format=memory_format)
+        if layout != "channels_last":
+            return scaled
+        return scaled.contiguous(memory_format=torch.channels_last)
 
     def ours(input: Tensor, scale: Tensor | None = None) -> Tensor:
         return vfmk.ops.channel_remap(input, index, scale, dim=dim)

@@ -86,6 +86,17 @@ struct Target {
       store<Format>(to, value, count);
     }
   }
+  void scaled(Element* to, const Element* from, int64_t count, float factor) const {
+    int64_t x = 0;
+    if (streamed) {
+      for (; x + LANES <= count; x += LANES) {
+        stream<Format>(to + x, Format::encode(load<Format>(from + x) * factor));
+      }
+    } else {
+      for (; x + LANES <= count; x += LANES) store<Format>(to + x, load<Format>(from + x) * factor);
+    }
+    store<Format>(to + x, load<Format>(from + x, count - x) * factor, count - x);
+  }
   void copy(Element* to, const Element* from, int64_t count) const {
     int64_t x = 0;
     if (streamed) {
@@ -133,10 +144,7 @@ void forward_planes(const Problem& problem, const Forward& arguments) {
         if (scale == nullptr) {
           output.copy(to, from, problem.columns);
         } else {
-          for (int64_t x = 0; x < problem.columns; x += LANES) {
-            const int64_t rest = problem.columns - x;
-            output.write(to + x, load<Format>(from + x, rest) * factor, rest);
-          }
+          output.scaled(to, from, problem.columns, factor);
         }
         from += problem.input.row;
         to += problem.output.row;

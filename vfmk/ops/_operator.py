@@ -74,22 +74,20 @@ def define(name: str) -> Callable[[Callable[..., Any]], Operator]:
 
 def is_plain(*args: Any) -> bool:
     """Whether nothing but autograd and autocast has to know of a call with these arguments."""
-    if (
-        is_compiling()
-        or _len_torch_dispatch_stack()
-        or _are_functorch_transforms_active()
-        or _get_tracing_state()
-        or _profiler_enabled()
-        or forward_ad._current_level >= 0
-    ):
-        return False
     for arg in args:  # no generator: this is what a call costs before it begins
         if type(arg) in PLAIN:
             if not (arg.is_cpu or arg.is_cuda):
                 return False
         elif isinstance(arg, Tensor):
             return False
-    return True
+    return not (
+        is_compiling()
+        or _len_torch_dispatch_stack()
+        or _are_functorch_transforms_active()
+        or _get_tracing_state()
+        or _profiler_enabled()
+        or forward_ad._current_level >= 0
+    )
 
 
 def needs_gradient(*args: Any) -> bool:
