@@ -166,16 +166,20 @@ bool is_dtype_of_kernels(ScalarType dtype) {
   return dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16;
 }
 
+bool is_like(const Tensor& tensor, ScalarType dtype, const Tensor& other) {
+  return tensor.scalar_type() == dtype && on_the_same_device(tensor, other);
+}
+
 // Index and scale fit each other and an activation with its channels in dimension `dim`.
 bool fit(const Tensor& activation, const Tensor& index, const MaybeTensor& scale, int64_t dim) {
-  const auto fits = [&](const Tensor& tensor, ScalarType dtype) {
-    return tensor.scalar_type() == dtype && on_the_same_device(tensor, activation) &&
-           tensor.is_contiguous();
-  };
-  if (!fits(index, ScalarType::Long) || index.dim() < 1 || index.dim() > 2) return false;
+  if (!is_like(index, ScalarType::Long, activation) || !index.is_contiguous()) return false;
+  if (index.dim() != 1 && index.dim() != 2) return false;
   if (index.dim() == 2 && (dim == 0 || index.size(0) != activation.size(0))) return false;
   if (!scale) return true;
-  if (!fits(*scale, activation.scalar_type()) || scale->dim() != index.dim()) return false;
+  if (!is_like(*scale, activation.scalar_type(), activation) || !scale->is_contiguous()) {
+    return false;
+  }
+  if (scale->dim() != index.dim()) return false;
   for (int64_t d = 0; d < index.dim(); ++d) {
     if (scale->size(d) != index.size(d)) return false;
   }
@@ -275,7 +279,9 @@ template <LaunchBackward launch>
 std::vector<Tensor> gradients_at_once(Tensor grad_output, MaybeTensor input, Tensor index,
                                       MaybeTensor scale, int64_t input_channels, int64_t dim,
                                       bool channels_last, bool input_wanted, bool scale_wanted) {
-  if (!is_dtype_of_kernels(grad_output.scalar_type()) || !fit(grad_output, index, scale, dim)) {
+  if (dim < 0 || dim >= grad_output.dim() || !is_dtype_of_kernels(grad_output.scalar_type()) ||
+      !fit(grad_output, index, scale, dim) ||
+      index.size(index.dim() - 1) != grad_output.size(dim)) {
     return {};
   }
   Numbers sizes = sizes_of(grad_output);
@@ -288,9 +294,14 @@ std::vector<Tensor> gradients_at_once(Tensor grad_output, MaybeTensor input, Ten
   sizes[dim] = input_channels;
   const Numbers input_strides = dense_strides(sizes, dim, channels_last);
   const auto to = planes(sizes, input_strides, dim, per_sample, channels_last);
-  const auto own = input && scale_wanted
-                       ? planes(sizes, strides_of(*input), dim, per_sample, channels_last)
-                       : to;
+  auto own = to;
+  if (scale_wanted) {
+    if (!scale || !input || !is_like(*input, grad_output.scalar_type(), grad_output) ||
+        sizes_of(*input) != sizes) {
+      return {};
+    }
+    own = planes(sizes, strides_of(*input), dim, per_sample, channels_last);
+  }
   if (!from || !to || !own) return {};
   const auto make = [&](bool wanted, const Numbers& sizes, const Numbers& strides) {
     const int32_t dtype = raw_dtype(grad_output);
