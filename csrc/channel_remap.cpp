@@ -1,8 +1,11 @@
-// The PyTorch boundary of channel_remap: tensors become the plain data of the header.
-// vfmk/ops/channel_remap.py has checked every argument and allocated every output.
+// The PyTorch boundary of channel_remap: tensors become the plain data of the header. For `forward`
+// and `backward` vfmk/ops/channel_remap.py has checked every argument, allocated every output and
+// viewed them as planes; `at_once` and `gradients_at_once` do so themselves, by the same rules.
 #include "channel_remap.h"
 
 #include <torch/csrc/stable/library.h>
+
+#include <algorithm>
 
 #include "boundary.h"
 
@@ -106,7 +109,8 @@ Problem describe_backward(const Tensor& grad_output, const MaybeTensor& input, c
 
 // What the two devices do differently.
 using Launch = void(const Problem&, const Forward&, const Tensor& input, const Tensor& index);
-using LaunchBackward = void(const Problem&, Backward, const Tensor& grad_output);
+using LaunchBackward = void(const Problem&, Backward, const Tensor& grad_output,
+                            const Tensor& index);
 
 void launch_cpu(const Problem& problem, const Forward& arguments, const Tensor&,
                 const Tensor& index) {
@@ -114,7 +118,9 @@ void launch_cpu(const Problem& problem, const Forward& arguments, const Tensor&,
   cpu::forward(problem, arguments);
 }
 
-void launch_backward_cpu(const Problem& problem, Backward arguments, const Tensor& grad_output) {
+void launch_backward_cpu(const Problem& problem, Backward arguments, const Tensor& grad_output,
+                         const Tensor& index) {
+  check_range(NAME, index, problem.input_channels);
   const Tensor workspace = new_workspace(cpu::workspace_words(problem), grad_output);
   arguments.workspace = workspace.mutable_data_ptr();
   cpu::backward(problem, arguments);
@@ -128,7 +134,8 @@ void launch_cuda(const Problem& problem, const Forward& arguments, const Tensor&
   check_launch(NAME, cuda::forward(problem, arguments, current_stream(input, NAME)));
 }
 
-void launch_backward_cuda(const Problem& problem, Backward arguments, const Tensor& grad_output) {
+void launch_backward_cuda(const Problem& problem, Backward arguments, const Tensor& grad_output,
+                          const Tensor&) {
   const torch::stable::accelerator::DeviceGuard guard(grad_output.get_device_index());
   const Tensor workspace = new_workspace(cuda::workspace_words(problem), grad_output);
   arguments.workspace = workspace.mutable_data_ptr();
@@ -152,7 +159,7 @@ void backward(Tensor grad_output, MaybeTensor input, Tensor index, MaybeTensor s
                            grad_input, grad_scale),
          {grad_output.const_data_ptr(), data(input), positions(index), data(scale),
           mutable_data(grad_input), mutable_data(grad_scale), nullptr},
-         grad_output);
+         grad_output, index);
 }
 
 // The same on tensors as the user has them, checked and allocated here. Where one is not as these
@@ -170,8 +177,9 @@ bool is_like(const Tensor& tensor, ScalarType dtype, const Tensor& other) {
   return tensor.scalar_type() == dtype && on_the_same_device(tensor, other);
 }
 
-// Index and scale fit each other and an activation with its channels in dimension `dim`.
-bool fit(const Tensor& activation, const Tensor& index, const MaybeTensor& scale, int64_t dim) {
+// Each other, and an activation with its channels in dimension `dim`.
+bool index_and_scale_fit(const Tensor& activation, const Tensor& index, const MaybeTensor& scale,
+                         int64_t dim) {
   if (!is_like(index, ScalarType::Long, activation) || !index.is_contiguous()) return false;
   if (index.dim() != 1 && index.dim() != 2) return false;
   if (index.dim() == 2 && (dim == 0 || index.size(0) != activation.size(0))) return false;
@@ -188,27 +196,29 @@ bool fit(const Tensor& activation, const Tensor& index, const MaybeTensor& scale
 
 using Numbers = std::vector<int64_t>;
 
-// Of a dense tensor with its channels, in dimension `dim`, innermost or where they stand.
+// Of a dense tensor with its channels, in dimension `dim`, innermost or where they stand: what
+// _empty in vfmk/ops/channel_remap.py gives.
 Numbers dense_strides(const Numbers& sizes, int64_t dim, bool channels_last) {
   Numbers strides(sizes.size());
   int64_t step = 1;
   if (channels_last) {
     strides[dim] = 1;
-    step = sizes[dim];
+    step = std::max<int64_t>(sizes[dim], 1);
   }
   for (int64_t d = static_cast<int64_t>(sizes.size()) - 1; d >= 0; --d) {
     if (channels_last && d == dim) continue;
     strides[d] = step;
-    step *= sizes[d];
+    step *= std::max<int64_t>(sizes[d], 1);
   }
   return strides;
 }
 
-// The planes of a tensor of `sizes` and `strides`: its own dimensions, if those are four and
-// channels the second; else what is before the channels and after them runs together, if the tensor
-// is dense. A map for each sample keeps dimension 0 apart.
-std::optional<Planes> planes(const Numbers& sizes, const Numbers& strides, int64_t dim,
-                             bool per_sample, bool channels_last) {
+// The planes of a tensor of `sizes` and `strides`, as _planes in vfmk/ops/channel_remap.py where
+// that takes no copy: its own dimensions, if those are four and channels the second; else what is
+// before the channels and after them runs together, if the tensor is dense. A map for each sample
+// keeps dimension 0 apart.
+std::optional<Planes> planes_in_place(const Numbers& sizes, const Numbers& strides, int64_t dim,
+                                      bool per_sample, bool channels_last) {
   const auto last = static_cast<int64_t>(sizes.size()) - 1;
   if (last == 3 && dim == 1) {
     const int64_t innermost = channels_last ? 1 : 3;
@@ -253,18 +263,18 @@ MaybeTensor at_once(Tensor input, Tensor index, MaybeTensor scale, int64_t dim) 
   const int64_t last = input.dim() - 1;
   if (dim < 0) dim += last + 1;
   if (dim < 0 || dim > last || !is_dtype_of_kernels(input.scalar_type()) ||
-      !fit(input, index, scale, dim)) {
+      !index_and_scale_fit(input, index, scale, dim)) {
     return std::nullopt;
   }
   const Numbers strides = strides_of(input);
   Numbers sizes = sizes_of(input);
   const bool channels_last = dim == last || (strides[dim] == 1 && strides[last] != 1);
   const bool per_sample = index.dim() == 2;
-  const auto from = planes(sizes, strides, dim, per_sample, channels_last);
+  const auto from = planes_in_place(sizes, strides, dim, per_sample, channels_last);
   if (!from) return std::nullopt;
   sizes[dim] = index.size(index.dim() - 1);
   const Numbers output_strides = dense_strides(sizes, dim, channels_last);
-  const auto to = planes(sizes, output_strides, dim, per_sample, channels_last);
+  const auto to = planes_in_place(sizes, output_strides, dim, per_sample, channels_last);
   Tensor output = empty_strided(sizes, output_strides, raw_dtype(input), input);
   launch(with_input(describe(dtype_of(input, NAME), *to, per_sample ? index.size(0) : 1,
                              from->channels, channels_last),
@@ -280,7 +290,7 @@ std::vector<Tensor> gradients_at_once(Tensor grad_output, MaybeTensor input, Ten
                                       MaybeTensor scale, int64_t input_channels, int64_t dim,
                                       bool channels_last, bool input_wanted, bool scale_wanted) {
   if (dim < 0 || dim >= grad_output.dim() || !is_dtype_of_kernels(grad_output.scalar_type()) ||
-      !fit(grad_output, index, scale, dim) ||
+      !index_and_scale_fit(grad_output, index, scale, dim) ||
       index.size(index.dim() - 1) != grad_output.size(dim)) {
     return {};
   }
@@ -290,32 +300,31 @@ std::vector<Tensor> gradients_at_once(Tensor grad_output, MaybeTensor input, Ten
   for (size_t d = 0; d < sizes.size(); ++d) {
     if (sizes[d] != 1 && grad_output.stride(d) != strides[d]) return {};
   }
-  const auto from = planes(sizes, strides, dim, per_sample, channels_last);
+  const auto from = planes_in_place(sizes, strides, dim, per_sample, channels_last);
   sizes[dim] = input_channels;
   const Numbers input_strides = dense_strides(sizes, dim, channels_last);
-  const auto to = planes(sizes, input_strides, dim, per_sample, channels_last);
-  auto own = to;
+  const auto to = planes_in_place(sizes, input_strides, dim, per_sample, channels_last);
+  auto of_input = to;
   if (scale_wanted) {
     if (!scale || !input || !is_like(*input, grad_output.scalar_type(), grad_output) ||
         sizes_of(*input) != sizes) {
       return {};
     }
-    own = planes(sizes, strides_of(*input), dim, per_sample, channels_last);
+    of_input = planes_in_place(sizes, strides_of(*input), dim, per_sample, channels_last);
   }
-  if (!from || !to || !own) return {};
-  const auto make = [&](bool wanted, const Numbers& sizes, const Numbers& strides) {
-    const int32_t dtype = raw_dtype(grad_output);
-    return wanted ? empty_strided(sizes, strides, dtype, grad_output)
-                  : empty_strided({0}, {1}, dtype, grad_output);
-  };
-  const Tensor grad_input = make(input_wanted, sizes, input_strides);
-  const Tensor grad_scale = make(scale_wanted, sizes_of(index), strides_of(index));
+  if (!from || !to || !of_input) return {};
+  const int32_t dtype = raw_dtype(grad_output);
+  const Tensor empty = empty_strided({0}, {1}, dtype, grad_output);
+  const Tensor grad_input =
+      input_wanted ? empty_strided(sizes, input_strides, dtype, grad_output) : empty;
+  const Tensor grad_scale =
+      scale_wanted ? empty_strided(sizes_of(index), strides_of(index), dtype, grad_output) : empty;
   launch(with_gradients(describe(dtype_of(grad_output, NAME), *from, per_sample ? index.size(0) : 1,
                                  input_channels, channels_last),
-                        own->strides, to->strides),
+                        of_input->strides, to->strides),
          {grad_output.const_data_ptr(), scale_wanted ? data(input) : nullptr, positions(index),
           data(scale), mutable_data(grad_input), mutable_data(grad_scale), nullptr},
-         grad_output);
+         grad_output, index);
   return {grad_input, grad_scale};
 }
 

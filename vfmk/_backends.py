@@ -89,15 +89,21 @@ def kernel(operator: str, name: str, *args: Any) -> Callable[..., Any]:
 
 def native_at_once(operator: str, name: str, tensor: Tensor) -> Callable[..., Any] | None:
     """The function `name` of the native library, where that is what runs `operator` on `tensor`'s
-    device: no other backend comes before it, and none is asked for by name."""
+    device: no other backend comes before it, and none else is asked for by name."""
     backend = "cuda" if tensor.is_cuda else "cpu"
-    return _native_function(operator, name, backend) if _forced in (None, backend) else None
+    if _forced not in (None, backend):
+        return None
+    return _native_function(operator, name, backend, _forced is not None)
 
 
 @functools.cache
-def _native_function(operator: str, name: str, backend: str) -> Callable[..., Any] | None:
-    if _missing(operator, backend):
+def _native_function(
+    operator: str, name: str, backend: str, forced: bool
+) -> Callable[..., Any] | None:
+    triton_comes_first = backend == "cpu" and interpreted() and not forced
+    if _missing(operator, backend) or triton_comes_first:
         return None
+    # The op's own function, without the Python around it.
     function: Callable[..., Any] = getattr(torch.ops.vfmk_native, f"{operator}_{name}").default._op
     return function
 

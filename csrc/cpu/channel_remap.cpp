@@ -389,33 +389,42 @@ struct BackwardItem {
     }
   }
 
-  // Channels that more or others read than they themselves.
-  int64_t changed(int32_t* channels) const {
-    int64_t count = 0;
+  // What is not as in the identity: input channels that more or others read than the output of the
+  // same number, their readers, and output channels that read another.
+  struct Changes {
+    int64_t channel_count = 0, reader_count = 0, move_count = 0;
+    int32_t* channels;  // [input_channels]
+    int32_t* moves;     // [output_channels]
+  };
+  Changes changes(int32_t* memory) const {
+    Changes found;
+    found.channels = memory;
+    found.moves = memory + problem.input_channels;
     for (int64_t c = 0; c < problem.input_channels; ++c) {
-      if (!inverse.reads_itself_alone(c)) channels[count++] = c;
+      if (inverse.reads_itself_alone(c)) continue;
+      found.channels[found.channel_count++] = c;
+      found.reader_count += inverse.starts[c + 1] - inverse.starts[c];
     }
-    return count;
+    for (int64_t c = 0; c < problem.output_channels; ++c) {
+      if (index[c] != c) found.moves[found.move_count++] = c;
+    }
+    return found;
   }
 
   // Pixel by pixel: the row as it stands, then the channels that changed. The products of those in
   // the wrong place are dropped at the end for their own.
   template <bool WITH_SUMS>
-  void in_rows(const int32_t* channels, int64_t count, Vec* scratch) const {
+  void in_rows(const Changes& changes, Vec* scratch) const {
     const int64_t outputs = problem.output_channels;
     const int64_t staying = minimum(problem.input_channels, outputs);
-    float* row = reinterpret_cast<float*>(scratch);                     // [input_channels]
-    float* moved_sums = row + round_up(problem.input_channels, LANES);  // [output_channels]
-    Vec* block = reinterpret_cast<Vec*>(moved_sums + round_up(outputs, LANES));
-    auto* moved = reinterpret_cast<int32_t*>(block + round_up(outputs, LANES) / LANES);
-    int64_t moves = 0;
-    for (int64_t c = 0; c < outputs; ++c) {
-      if (index[c] != c) moved[moves++] = c;
-    }
-    for (int64_t m = 0; m < moves; ++m) moved_sums[m] = 0;
-    for (int64_t c = 0; c < problem.input_channels; ++c) row[c] = 0;
+    float* row = reinterpret_cast<float*>(scratch);                          // [input_channels]
+    Vec* block = scratch + round_up(problem.input_channels, LANES) / LANES;  // [output_channels]
+    float* block_moves = reinterpret_cast<float*>(block + round_up(outputs, LANES) / LANES);
+    float* move_sums = block_moves + outputs;
+    for (int64_t m = 0; m < changes.move_count; ++m) move_sums[m] = 0;
     for (int64_t first = 0; first < pixels; first += LANES) {  // long sums round more
       for (int64_t c = 0; c < staying; c += LANES) block[c / LANES] = Vec{};
+      for (int64_t m = 0; m < changes.move_count; ++m) block_moves[m] = 0;
       for (int64_t pixel = first; pixel < minimum(first + LANES, pixels); ++pixel) {
         const Element* gradient = grad_output + pixel * problem.output.column;
         if (WITH_SUMS) {
@@ -424,9 +433,9 @@ struct BackwardItem {
             block[c / LANES] +=
                 load<Format>(gradient + c, staying - c) * load<Format>(own + c, staying - c);
           }
-          for (int64_t m = 0; m < moves; ++m) {
-            moved_sums[m] +=
-                element<Format>(gradient, moved[m]) * element<Format>(own, index[moved[m]]);
+          for (int64_t m = 0; m < changes.move_count; ++m) {
+            const int32_t to = changes.moves[m];
+            block_moves[m] += element<Format>(gradient, to) * element<Format>(own, index[to]);
           }
         }
         if (grad_input == nullptr) continue;
@@ -434,12 +443,13 @@ struct BackwardItem {
           store<Float32>(row + c, load<Format>(gradient + c, staying - c) *
                                       load<Float32>(factors + c, staying - c));
         }
-        for (int64_t n = 0; n < count; ++n) {
+        for (int64_t n = 0; n < changes.channel_count; ++n) {
+          const int32_t channel = changes.channels[n];
           float total = 0;
-          for (int32_t r = inverse.starts[channels[n]]; r < inverse.starts[channels[n] + 1]; ++r) {
+          for (int32_t r = inverse.starts[channel]; r < inverse.starts[channel + 1]; ++r) {
             total += factors[inverse.readers[r]] * element<Format>(gradient, inverse.readers[r]);
           }
-          row[channels[n]] = total;
+          row[channel] = total;
         }
         Element* to = grad_input + pixel * problem.grad_input.column;
         for (int64_t c = 0; c < problem.input_channels; c += LANES) {
@@ -448,9 +458,10 @@ struct BackwardItem {
       }
       if (!WITH_SUMS) continue;
       for (int64_t c = 0; c < staying; c += LANES) sums[c / LANES] += block[c / LANES];
+      for (int64_t m = 0; m < changes.move_count; ++m) move_sums[m] += block_moves[m];
     }
     float* sum = reinterpret_cast<float*>(sums);
-    for (int64_t m = 0; m < moves; ++m) sum[moved[m]] = moved_sums[m];
+    for (int64_t m = 0; m < changes.move_count; ++m) sum[changes.moves[m]] = move_sums[m];
   }
 };
 
@@ -463,12 +474,12 @@ void backward_pixels(const Problem& problem, const Backward& arguments) {
   const auto body = [&](int64_t begin, int64_t end) {
     const Target<Format> target(problem, arguments.grad_input, problem.grad_input,
                                 problem.input_channels);
-    // Per thread: sums | scale | channels that changed | what an item works in.
-    float* scratch = thread_scratch(2 * outputs + inputs + (outputs + inputs) * LANES);
+    // Per thread: sums | scale | what changes | what an item works in.
+    float* scratch = thread_scratch(3 * outputs + inputs + (outputs + inputs) * LANES);
     Vec* sums = reinterpret_cast<Vec*>(scratch);
     float* factors = scratch + outputs;
-    auto* channels = reinterpret_cast<int32_t*>(factors + outputs);
-    Vec* work = reinterpret_cast<Vec*>(channels + inputs);
+    auto* memory = reinterpret_cast<int32_t*>(factors + outputs);
+    Vec* work = reinterpret_cast<Vec*>(memory + inputs + outputs);
     for (int64_t at = begin; at < end; ++at) {
       const Item pixels(problem, at);
       const int64_t map = pixels.sample / problem.samples;
@@ -488,11 +499,12 @@ void backward_pixels(const Problem& problem, const Backward& arguments) {
           target.data == nullptr ? nullptr : pixels.at(target.data, problem.grad_input),
           target,
           sums};
-      const int64_t changed = item.changed(channels);
-      if (4 * changed > problem.input_channels) {
+      const auto changes = item.changes(memory);
+      if (4 * (changes.channel_count + changes.reader_count + changes.move_count) >
+          problem.input_channels + problem.output_channels) {
         item.template transposed<WITH_SUMS>(work);
       } else {
-        item.template in_rows<WITH_SUMS>(channels, changed, work);
+        item.template in_rows<WITH_SUMS>(changes, work);
       }
       if (WITH_SUMS) {
         std::memcpy(sums_of(problem, arguments.workspace, at), sums,

@@ -220,6 +220,8 @@ def test_empty(device, size, outputs, per_sample, layout):
     args, index = arguments(size, outputs, per_sample=per_sample, device=device, layout=layout)
     output, *gradients = operator_checks.value_and_gradients(call(index=index), args)
     assert output.shape == (size[0], outputs, *size[2:])
+    on_meta = vfmk.ops.channel_remap(args[0].to("meta"), index.to("meta"))
+    assert output.stride() == on_meta.stride()
     for gradient, arg in zip(gradients, args, strict=True):
         assert gradient.shape == arg.shape
         assert not gradient.any()
@@ -351,6 +353,13 @@ def test_autocast(device, dtype):
         assert vfmk.ops.channel_remap(args[0], index).dtype == torch.float32
 
 
+ON_DEVICES = [
+    pytest.param("cpu"),
+    pytest.param("cuda", marks=pytest.mark.gpu),
+]
+
+
+@pytest.mark.parametrize("device", ON_DEVICES)
 @pytest.mark.parametrize("per_sample", [False, True])
 @pytest.mark.parametrize(
     ("size", "dim", "layout"),
@@ -364,18 +373,64 @@ def test_autocast(device, dtype):
         ((2, 3, 6, 5, 7), 2, "contiguous"),
     ],
 )
-def test_usual_tensors_take_one_native_call(size, dim, layout, per_sample):
-    """None would be the answer for those that have to be copied or reshaped first."""
-    with operator_checks.target(NAME, "cpu"):
-        (input, scale), index = arguments(size, 9, dim=dim, per_sample=per_sample, layout=layout)
+def test_usual_tensors_take_one_native_call(device, size, dim, layout, per_sample):
+    """No result would be the answer for those that have to be copied or reshaped first."""
+    with operator_checks.target(NAME, device):
+        args, index = arguments(
+            size, 9, dim=dim, per_sample=per_sample, layout=layout, device=device
+        )
+        input, scale = (operator_checks.preserving_leaf(arg) for arg in args)
+        expected = vfmk.ops.channel_remap(input, index, scale, dim=dim)
+        grad_output = torch.randn_like(expected)
+        gradients = torch.autograd.grad(expected, (input, scale), grad_output)
+        input, scale = args
         native = vfmk._backends.native_at_once(NAME, "at_once", input)
         output = native(input, index, scale, dim)
-        expected = vfmk.ops.channel_remap(input, index, scale, dim=dim)
         assert torch.equal(output, expected)
         assert output.stride() == expected.stride()
         assert native(input.double(), index, scale.double(), dim) is None
         assert native(input, index, scale[..., 1:], dim) is None
         assert native(input, index, scale, len(size)) is None
+
+        native = vfmk._backends.native_at_once(NAME, "gradients_at_once", input)
+        place = dim % len(size)
+        rest = size[dim], place, layout.startswith("channels") or place == len(size) - 1
+
+        for wanted in ((True, True), (True, False), (False, True)):
+            found = native(grad_output, input, index, scale, *rest, *wanted)
+            for gradient, want, one in zip(found, wanted, gradients, strict=True):
+                assert torch.equal(gradient, one) if want else gradient.numel() == 0
+            assert all(
+                gradient.stride() == one.stride()
+                for gradient, want, one in zip(found, wanted, gradients, strict=True)
+                if want
+            )
+        both = True, True
+        assert not native(grad_output[:1].expand_as(grad_output), input, index, scale, *rest, *both)
+        assert not native(grad_output.double(), input, index, scale.double(), *rest, *both)
+        assert not native(grad_output, input[..., 1:], index, scale, *rest, *both)
+        assert not native(grad_output, input, index[..., 1:], scale[..., 1:], *rest, *both)
+
+
+@pytest.mark.parametrize("name", ["reference", "triton"])
+def test_another_backend_asked_for_is_not_passed_over(name, monkeypatch):
+    (input, scale), index = arguments((2, 6, 5, 7), 9)
+    monkeypatch.setattr(vfmk._backends, "_native_function", None)
+    with vfmk.use_backend(name):
+        if vfmk.backends()[NAME][name]:
+            with pytest.raises(vfmk.BackendError):
+                vfmk.ops.channel_remap(input, index, scale)
+        else:
+            vfmk.ops.channel_remap(input, index, scale)
+
+
+def test_an_index_that_changed_in_between_reads_nothing_outside():
+    with operator_checks.target(NAME, "cpu"):
+        (input, scale), index = arguments((2, 6, 5, 7), 9)
+        output = vfmk.ops.channel_remap(input.requires_grad_(), index, scale)
+        index.data[3] = 600
+        with pytest.raises(IndexError, match="index holds 600, input has 6 channels"):
+            output.sum().backward()
 
 
 def test_meta_tensors():
@@ -419,6 +474,7 @@ INPUT, INDEX, SCALE = torch.zeros(2, 4, 5, 6), torch.zeros(4, dtype=torch.int64)
 BAD_INPUT = [  # arguments, keyword arguments, exception, message
     ((None, INDEX), {}, TypeError, r"input must be a Tensor \[..., C, ...\], got NoneType"),
     ((INPUT.int(), INDEX), {}, TypeError, "input must be float32.*got int32"),
+    ((torch.quantize_per_tensor(INPUT, 1, 0, torch.qint8), INDEX), {}, TypeError, "got qint8"),
     ((INPUT, [0, 1]), {}, TypeError, r"index must be a Tensor \[C'\] or \[B, C'\], got list"),
     ((INPUT, INDEX.int()), {}, TypeError, "index must be int64, got int32"),
     ((INPUT, INDEX[None, None]), {}, ValueError, r"index must have the shape \[C'\] or \[B, C'\]"),

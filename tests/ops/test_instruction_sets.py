@@ -45,6 +45,8 @@ CASES += [
     f"tests/ops/test_channel_remap.py::test_{case}"
     for case in (
         "few_channels_exchanged[cpu-channels_last]",
+        "few_channels_exchanged_and_some_cut_or_added[cpu-61-channels_last]",
+        "few_channels_exchanged_and_some_cut_or_added[cpu-70-channels_last]",
         "larger_than_the_caches[torch.float32-two exchanged-channels_last]",
         "larger_than_the_caches[torch.bfloat16-permutation-channels_last]",
         "larger_than_the_caches[torch.bfloat16-permutation-contiguous]",

@@ -6,7 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import vfmk
 from tests.operator_checks import value_and_gradients
@@ -78,15 +81,88 @@ def test_every_operator_is_held_to_it():
     assert set(CALLS) | {"mask_iou"} == set(vfmk.backends())  # mask_iou has no gradient
 
 
-def test_plain_calls_do_not_pass_the_dispatcher(monkeypatch):
+@pytest.mark.parametrize("name", CALLS)
+def test_plain_calls_do_not_pass_the_dispatcher(name, monkeypatch):
     """Else the test above compares the long way with itself."""
-    module = sys.modules["vfmk.ops.layer_norm_2d"]
-    for operator in (module._forward, module._backward):
-        monkeypatch.setattr(operator, "_overload", None)
-    args = CALLS["layer_norm_2d"][1]
-    value_and_gradients(vfmk.ops.layer_norm_2d, args)
-    with Seen(), pytest.raises(TypeError, match="'NoneType' object is not callable"):
-        vfmk.ops.layer_norm_2d(*args)
+
+    def not_here(*args):
+        raise AssertionError("the long way")
+
+    call, args = CALLS[name]
+    module = sys.modules[f"vfmk.ops.{name}"]
+    monkeypatch.setattr(module._forward, "_overload", not_here)
+    value_and_gradients(call, args)
+    with Seen(), pytest.raises(AssertionError, match="the long way"):
+        call(*args)
+
+
+def seen_by_function_mode(call, *args):
+    names = []
+
+    class Mode(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            names.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with Mode():
+        call(*args)
+    return names
+
+
+def test_modes_see_the_operator():
+    assert "vfmk.channel_remap.default" in seen_by_function_mode(remap, random(2, 4, 5, 6))
+    graph = make_fx(remap, pre_dispatch=True)(random(2, 4, 5, 6))
+    targets = {str(node.target) for node in graph.graph.nodes}
+    assert "vfmk.channel_remap.default" in targets
+
+
+@pytest.mark.parametrize("name", ["channel_remap", "layer_norm_2d"])
+def test_special_tensors_are_made_plain_by_the_dispatcher(name):
+    """Negative in sign alone, or zero without memory: a kernel would read what is not there."""
+    call, (input, *rest) = CALLS[name]
+    negative, zero = torch._neg_view(input), torch._efficientzerotensor(input.shape)
+    for backend in ("cpu", "reference"):
+        if vfmk.backends()[name][backend]:
+            continue
+        with vfmk.use_backend(backend):
+            assert torch.equal(call(negative, *rest), call(negative.resolve_neg(), *rest))
+            assert torch.equal(call(zero, *rest), call(torch.zeros(input.shape), *rest))
+            leaf = input.clone().requires_grad_()
+            output = call(leaf, *rest)
+            for special in (torch._neg_view(output.detach()), output.detach() * 0 + 1):
+                (found,) = torch.autograd.grad(output, leaf, special, retain_graph=True)
+                plain = special.resolve_neg().clone()
+                (expected,) = torch.autograd.grad(output, leaf, plain, retain_graph=True)
+                assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("name", ["channel_remap", "layer_norm_2d"])
+def test_batched_gradients(name):
+    call, (input, *rest) = CALLS[name]
+    leaf = input.clone().requires_grad_()
+    output = call(leaf, *rest)
+    cotangents = torch.randn((3, *output.shape), generator=torch.Generator().manual_seed(0))
+    (batched,) = torch.autograd.grad(
+        output, leaf, cotangents, retain_graph=True, is_grads_batched=True
+    )
+    for found, cotangent in zip(batched, cotangents, strict=True):
+        (expected,) = torch.autograd.grad(output, leaf, cotangent, retain_graph=True)
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_checkpoint_and_inference_mode(name):
+    call, args = CALLS[name]
+    expected = value_and_gradients(call, args)
+    for reentrant in (False, True):
+
+        def checkpointed(*leaves, reentrant=reentrant):
+            return checkpoint(call, *leaves, use_reentrant=reentrant)
+
+        found = value_and_gradients(checkpointed, args)
+        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    with torch.inference_mode():
+        assert torch.equal(call(*(arg.clone() for arg in args)), expected[0])
 
 
 def test_a_profiler_sees_the_operator():

@@ -13,15 +13,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._C import (
+    DispatchKey,
+    DispatchKeySet,
     _any_requires_grad,
     _are_functorch_transforms_active,
+    _dispatch_keys,
+    _dispatch_tls_is_dispatch_key_included,
     _get_tracing_state,
     _len_torch_dispatch_stack,
+    _len_torch_function_stack,
 )
 from torch.autograd import _profiler_enabled, forward_ad
 from torch.compiler import is_compiling
 
-PLAIN = (Tensor, nn.Parameter)
+PLAIN_TYPES = (Tensor, nn.Parameter)
+# What the dispatcher may know of a plain tensor. Not that it is negative, zero, sparse, batched, …,
+# which it sees to itself.
+PLAIN_KEYS = 0
+for key in ("CPU", "CUDA", "AutogradCPU", "AutogradCUDA", "AutocastCPU", "AutocastCUDA"):
+    PLAIN_KEYS |= DispatchKeySet(getattr(DispatchKey, key)).raw_repr()
+PLAIN_KEYS |= DispatchKeySet(DispatchKey.ADInplaceOrView).raw_repr()
+PRE_DISPATCH = DispatchKey.PreDispatch
 
 
 class Operator:
@@ -74,19 +86,28 @@ def define(name: str) -> Callable[[Callable[..., Any]], Operator]:
 
 def is_plain(*args: Any) -> bool:
     """Whether nothing but autograd and autocast has to know of a call with these arguments."""
+    if is_watched():
+        return False
     for arg in args:  # no generator: this is what a call costs before it begins
-        if type(arg) in PLAIN:
-            if not (arg.is_cpu or arg.is_cuda):
+        if type(arg) in PLAIN_TYPES:
+            if _dispatch_keys(arg).raw_repr() & ~PLAIN_KEYS:
                 return False
         elif isinstance(arg, Tensor):
             return False
-    return not (
+    return True
+
+
+def is_watched() -> bool:
+    """Whether a compiler, a mode, a transform, a tracer or a profiler is at work."""
+    return bool(
         is_compiling()
         or _len_torch_dispatch_stack()
+        or _len_torch_function_stack()
         or _are_functorch_transforms_active()
         or _get_tracing_state()
         or _profiler_enabled()
         or forward_ad._current_level >= 0
+        or _dispatch_tls_is_dispatch_key_included(PRE_DISPATCH)
     )
 
 

@@ -72,15 +72,27 @@ def channel_remap(
 
 def _at_once(input: Any, index: Any, scale: Any, dim: Any) -> Tensor | None:
     """From one call of the native library, which checks, allocates and computes; None if there is
-    more to do: a gradient, another backend, a copy, or a word on what is wrong."""
+    more to do: a gradient, another backend, a copy, or a word on what is wrong.
+
+    That call passes the dispatcher, so that fewer tensors are special than in an `Operator`."""
+    plain = _operator.PLAIN_TYPES
     if (
-        not isinstance(input, Tensor)
-        or not isinstance(index, Tensor)
-        or not (scale is None or isinstance(scale, Tensor))
-        or type(dim) is not int
+        _operator.is_watched()
         or torch._C._is_any_autocast_enabled()
-        or not _operator.is_plain(input, index, scale)
+        or type(dim) is not int
+        or type(input) not in plain
+        or type(index) not in plain
+        or not (input.is_cpu or input.is_cuda)
+        or not (index.is_cpu or index.is_cuda)
+        or not input.dtype.is_floating_point
+        or torch._C._functorch.is_legacy_batchedtensor(input)
         or _operator.needs_gradient(input, scale)
+    ):
+        return None
+    if scale is not None and (
+        type(scale) not in plain
+        or not (scale.is_cpu or scale.is_cuda)
+        or scale.dtype is not input.dtype
     ):
         return None
     native = _backends.native_at_once(NAME, "at_once", input)
