@@ -87,7 +87,8 @@ def _forward_kernel(
     value = tl.load(from_pointers, mask=mask & valid, other=0)
     if scale is not None:
         value = (value.to(tl.float32) * factor).to(output.dtype.element_ty)
-    value = tl.where(valid, value, float("nan"))
+    # Not as a bf16 constant: the interpreter of Triton 3.8 has none.
+    value = tl.where(valid, value, tl.full((1, 1), float("nan"), tl.float32).to(value.dtype))
     tl.store(to_pointers, value, mask=mask)
 
 
