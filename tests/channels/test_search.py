@@ -330,6 +330,17 @@ def test_a_cut_last_line_is_dropped_and_told(sam, samples, result, tmp_path, tai
     assert sorted(output.read_bytes().splitlines()) == sorted(content.splitlines())
 
 
+def test_goes_on_with_a_whole_last_line_that_has_no_end(sam, samples, tmp_path):
+    output = tmp_path / "scores.jsonl"
+    search(sam, samples, top_n=4, output=output, progress=False)
+    content = output.read_bytes()
+    lines = content.splitlines(keepends=True)
+    output.write_bytes(b"".join(lines[:20]).rstrip(b"\n"))
+    again = search(sam, samples, top_n=4, output=output, progress=False)
+    assert again.known == 20
+    assert sorted(output.read_bytes().splitlines()) == sorted(content.splitlines())
+
+
 def test_refuses_the_file_of_another_run(sam, samples, tmp_path):
     output = tmp_path / "scores.jsonl"
     search(sam, samples, top_n=1, output=output, progress=False)
@@ -426,9 +437,13 @@ def test_refuses_samples_that_cannot_be_told_apart(label):
         ({"mask": np.zeros((40, 40), bool)}, "has an empty mask"),
         ({"mask": np.ones((41, 40), bool)}, "image and mask differ in size"),
         ({"points": np.array([[40.0, 3.0]], np.float32)}, "a point outside its image"),
+        ({"labels": np.full(1, 7)}, r"has a label that is neither 0 nor 1: \[7\]"),
+        ({"mask": np.ones((40, 40, 1), bool)}, r"must have a bool mask, has bool \[40, 40, 1\]"),
+        ({"image": np.zeros((40, 40), np.uint8)}, r"uint8 image \[H, W, 3\], has uint8 \[40, 40\]"),
+        ({"image": np.zeros((40, 40, 3))}, r"uint8 image \[H, W, 3\], has float64 \[40, 40, 3\]"),
     ],
 )
-def test_bad_samples(sam, change, message):
+def test_bad_samples(sam, change, message, tmp_path):
     good = Sample(
         "lesion",
         np.zeros((40, 40, 3), np.uint8),
@@ -437,7 +452,8 @@ def test_bad_samples(sam, change, message):
         np.ones(1, np.int64),
     )
     with pytest.raises(ValueError, match=f"sample 'lesion'.*{message}"):
-        search(sam, [replace(good, **change)], progress=False)
+        search(sam, [replace(good, **change)], output=tmp_path / "s.jsonl", progress=False)
+    assert not list(tmp_path.iterdir())
 
 
 def test_refuses_a_file_that_another_run_writes(sam, samples, tmp_path):
@@ -688,6 +704,7 @@ def test_bad_arguments(sam, samples, options, error, message):
         search(arguments.pop("model"), arguments.pop("samples"), **arguments)
 
 
+@pytest.mark.filterwarnings("ignore:search. .* ended in a cut line")
 def test_the_authors_scores_are_gone_on_with(sam, samples, result, tmp_path):
     """Their lines do not say of which run they are."""
     output = tmp_path / "results.jsonl"
@@ -706,6 +723,11 @@ def test_the_authors_scores_are_gone_on_with(sam, samples, result, tmp_path):
     with pytest.raises(ValueError, match=r"results\.jsonl is of another model or other samples"):
         search(build_sam(1), samples, top_n=4, output=output, progress=False)
     assert output.read_text() == text
+    for tail in ('{"pairs": [[2,', json.dumps(lines[1])):  # nor is its last line mended
+        output.write_text(text + tail)
+        with pytest.raises(ValueError, match="is of another model or other samples"):
+            search(build_sam(1), samples, top_n=4, output=output, progress=False)
+        assert output.read_text() == text + tail
 
 
 def test_hashes_nothing_without_an_output(sam, samples, monkeypatch):

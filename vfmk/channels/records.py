@@ -57,6 +57,8 @@ class Records:
         self.is_foreign = False
         self._path = path
         self._file: int | None = None
+        self._cut_from: int | None = None  # where a line begins that was never finished
+        self._is_unended = False  # the last line is whole, but for its end
         if path is None:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -117,6 +119,12 @@ class Records:
         if self._file is None:
             return
         content = "".join(f"{json.dumps(line)}\n" for line in lines).encode()
+        # Only now: a file that is refused stays as it was.
+        if self._cut_from is not None:
+            os.ftruncate(self._file, self._cut_from)
+        if self._is_unended:
+            content = b"\n" + content
+        self._cut_from, self._is_unended = None, False
         while content:
             content = content[os.write(self._file, content) :]
 
@@ -138,18 +146,21 @@ class Records:
         assert self._file is not None
         assert self._path is not None
         content = self._path.read_bytes()
-        whole = content[: content.rfind(b"\n") + 1]
-        tail = content[len(whole) :]
-        if not whole and not tail.startswith(RECORD[: len(tail)]):
+        *lines, tail = content.split(b"\n")
+        self._is_unended = bool(tail) and _is_json(tail)
+        if self._is_unended:
+            lines.append(tail)
+        elif tail:
+            self._cut_from = len(content) - len(tail)
+        if not lines and not tail.startswith(RECORD[: len(tail)]):
             raise ValueError(f"search: {self._path}: no record of a score: {tail[:60]!r}")
-        for number, line in enumerate(whole.splitlines(), 1):
+        for number, line in enumerate(lines, 1):
             self._take(line, f"{self._path}, line {number}")
-        if tail:
+        if self._cut_from is not None:
             warnings.warn(
                 f"search: {self._path} ended in a cut line, which is dropped: {tail[:60]!r}",
                 stacklevel=5,
             )
-        os.ftruncate(self._file, len(whole))
 
     def _take(self, line: bytes, place: str) -> None:
         try:
@@ -180,6 +191,14 @@ class Records:
             self.raced[pairs] = raced
         if not was_dropped and self.scores.setdefault(pairs, score) != score:
             raise ValueError(f"search: {place}: a second, different score of these pairs")
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True
 
 
 def _difference(found: Mapping[str, Any], expected: Mapping[str, Any]) -> str:

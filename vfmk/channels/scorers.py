@@ -64,7 +64,6 @@ class SamScorer:
     def encode(self, sample: "Sample") -> Tensor:
         from vfmk.data.records import to_record
 
-        _check_sample(sample)
         image = to_record(self.sam, sample)["image"]
         return self.sam.image_encoder(self.sam.preprocess(image)[None])
 
@@ -74,7 +73,6 @@ class SamScorer:
 
         from vfmk.data.records import to_points, to_target
 
-        _check_sample(sample)
         sam, embedding = self.sam, features[0]
         input_size = ResizeLongestSide.get_preprocess_shape(
             *sample.mask.shape, sam.image_encoder.img_size
@@ -186,26 +184,42 @@ def _first_order_gains(gradient: Tensor, features: Tensor, dim: int) -> Tensor:
     return gradient @ features.T - (gradient * features).sum(1, keepdim=True)
 
 
-def _check_sample(sample: "Sample") -> None:
+def check_sample(sample: "Sample") -> None:
+    """That it is as `load_samples` gives them."""
+    name = f"search: sample {sample.id!r}"
+    if sample.mask.ndim != 2 or sample.mask.dtype != bool:
+        raise ValueError(
+            f"{name} must have a bool mask, has {sample.mask.dtype} {list(sample.mask.shape)}"
+        )
     height, width = sample.mask.shape
+    if sample.image.ndim != 3 or sample.image.shape[2] != 3 or sample.image.dtype != "uint8":
+        raise ValueError(
+            f"{name} must have a uint8 image [H, W, 3], has {sample.image.dtype}"
+            f" {list(sample.image.shape)}"
+        )
     if sample.image.shape[:2] != (height, width):
-        raise ValueError(f"search: sample {sample.id!r}: image and mask differ in size")
-    if sample.mask.dtype != bool:
-        raise ValueError(
-            f"search: sample {sample.id!r} must have a bool mask, has {sample.mask.dtype}"
-        )
+        raise ValueError(f"{name}: image and mask differ in size")
     if not sample.mask.any():
-        raise ValueError(f"search: sample {sample.id!r} has an empty mask")
+        raise ValueError(f"{name} has an empty mask")
     if not len(sample.points):
-        raise ValueError(f"search: sample {sample.id!r} has no points")
+        raise ValueError(f"{name} has no points")
     if len(sample.labels) != len(sample.points):
-        raise ValueError(
-            f"search: sample {sample.id!r} has {len(sample.points)} points,"
-            f" {len(sample.labels)} labels"
-        )
+        raise ValueError(f"{name} has {len(sample.points)} points, {len(sample.labels)} labels")
+    if not set(sample.labels.tolist()) <= {0, 1}:
+        raise ValueError(f"{name} has a label that is neither 0 nor 1: {sample.labels.tolist()}")
     x, y = sample.points.T
     if not ((x >= 0) & (x < width) & (y >= 0) & (y < height)).all():
-        raise ValueError(f"search: sample {sample.id!r} has a point outside its image")
+        raise ValueError(f"{name} has a point outside its image")
+
+
+def check_image(sample: Any) -> None:
+    """That an encoder can be given its image."""
+    image = getattr(sample, "image", None)
+    if not isinstance(image, Tensor):
+        raise TypeError(
+            f"search: with a score_fn a sample must have a Tensor as its image, got"
+            f" {type(image).__name__}"
+        )
 
 
 def chunk_size(features: Tensor, copies: int) -> int:

@@ -111,8 +111,12 @@ class Scoring:
         gains = torch.zeros(
             len(self.prepared), self.num_channels, self.num_channels, device=self.device
         )
-        for number in range(rank(), len(self.prepared), world_size()):
+        mine = range(rank(), len(self.prepared), world_size())
+        report = Report("gradients", len(mine), self.progress, unit="images")
+        for number in mine:
             gains[number] = self.scorer.gain_estimates(self.prepared[number]).detach()
+            report.advance(1, {})
+        report.close()
         self.passes += GRADIENT_PASSES * len(self.prepared)
         if not _summed(gains).isfinite().all():
             raise ValueError("search: a gradient of the score is not finite")

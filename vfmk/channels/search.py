@@ -23,7 +23,13 @@ from vfmk.channels.digest import (
     modules_of,
 )
 from vfmk.channels.records import PairSet, Records
-from vfmk.channels.scorers import FeatureScorer, SamScorer, Scorer
+from vfmk.channels.scorers import (
+    FeatureScorer,
+    SamScorer,
+    Scorer,
+    check_image,
+    check_sample,
+)
 from vfmk.channels.scoring import Scoring, agreed, rank
 from vfmk.channels.screened import (
     SUBSETS_AT_LEAST,
@@ -117,7 +123,8 @@ def search(
         positive_only: take no candidate that scores at or below the frozen model.
         keep: the share of the passes on all pairs that "screened" spends on them, in (0, 1]; by
             default 0.09.
-        audit: score so many of the pairs that "screened" passed over or dropped, drawn at random.
+        audit: score so many of the pairs that "screened" passed over or dropped, drawn at random,
+            the same ones in each run.
         output: a JSONL file of scores in the authors' format. If it exists the search goes on where
             it ended; it is locked while the search runs. A file of another model, samples, score
             or `sequential` is refused; but functions, as model or score_fn, count by their name
@@ -155,6 +162,8 @@ def search(
     _check_arguments(samples, top_n, strategy, keep, audit)
     modules = [*modules_of(model), *modules_of(score_fn)]
     _check_modules(modules, strategy)
+    for sample in samples:
+        (check_sample if score_fn is None else check_image)(sample)
     path, run = None, {}
     if output and rank() == 0:
         path = Path(output)
@@ -277,6 +286,8 @@ def _top(singles: Tensor, top_n: int, bar: float) -> list[Pair]:
 def _check_arguments(
     samples: Sequence[Any], top_n: int, strategy: str, keep: float | None, audit: int
 ) -> None:
+    if not isinstance(samples, Sequence):
+        raise TypeError(f"search: samples must be a sequence, got {type(samples).__name__}")
     if not samples:
         raise ValueError("search: no samples")
     if strategy not in STRATEGIES:
@@ -284,7 +295,7 @@ def _check_arguments(
             f"search: strategy must be one of {', '.join(STRATEGIES)}, got {strategy!r}"
         )
     for name, value in {"top_n": top_n, "audit": audit}.items():
-        if not isinstance(value, int):
+        if not isinstance(value, int) or isinstance(value, bool):
             raise TypeError(f"search: {name} must be an int, got {value!r}")
     if not isinstance(keep, float | int | None):
         raise TypeError(f"search: keep must be a number, got {keep!r}")
