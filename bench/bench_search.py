@@ -38,7 +38,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def bench_search(benchmark, device, smoke, model, pairs, images, size):
     sam = vfmk.load_sam(model).to(device)
     samples = demo_scenes("train", images, size=size)
-    scoring = Scoring(SamScorer(sam), samples, Records(None, {}, images), False, progress=False)
+    scoring = Scoring(SamScorer(sam), samples, Records(None, {}, images), progress=False)
     generator = random.Random(0)
     drawn = torch.tensor([generator.sample(range(scoring.num_channels), 2) for _ in range(pairs)])
 

@@ -48,7 +48,7 @@ def test_scores_equal_the_plain_loop(images, sequential):
     """Image by image."""
     sam, sets = vfmk.load_sam("tiny"), sets_of_pairs(30)
     for sample in images(2):
-        scoring = Scoring(SamScorer(sam), [sample], Records(None, {}, 1), sequential, False)
+        scoring = Scoring(SamScorer(sam), [sample], Records(None, {}, 1, sequential), False)
         actual = torch.tensor(scoring.score(sets, scoring.report("", 0)), dtype=torch.float64)
         expected = plain_scores(sam, [sample], sets, sequential)
         assert expected.std() > 1e-3

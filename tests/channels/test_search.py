@@ -3,9 +3,8 @@ import json
 import re
 import sys
 from dataclasses import dataclass, replace
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +16,6 @@ from tests.channels.conftest import CHANNELS, build_sam, build_samples
 from tests.channels.plain import plain_protocol, plain_scores, subsets_of
 from vfmk import channels
 from vfmk.channels import ChannelMap, search
-from vfmk.channels.digest import digest_of_samples
 from vfmk.channels.racing import shuffled
 from vfmk.channels.records import Records
 from vfmk.channels.scorers import chunk_size
@@ -91,9 +89,7 @@ def test_screened_scores_are_exact_and_audited(sam, samples, result):
     found = search(
         sam, samples, top_n=4, strategy="screened", keep=4 / PAIRS, audit=PAIRS, progress=False
     )
-    scored = ~found.singles.isnan()
-    assert scored.sum() == CHANNELS + 4
-    torch.testing.assert_close(found.singles[scored], result.singles[scored], rtol=0, atol=1e-6)
+    torch.testing.assert_close(found.singles, result.singles, rtol=0, atol=1e-6)
     assert found.best_score <= result.best_score + 1e-6
     missed = [pair for pair in result.candidates if pair not in found.candidates]
     assert missed
@@ -102,19 +98,22 @@ def test_screened_scores_are_exact_and_audited(sam, samples, result):
     assert found.passes == result.passes + 4 * len(samples)
 
 
-def test_the_audit_takes_one_pair_for_each_channel_and_misses_none():
-    singles = torch.full((4, 4), 0.5, dtype=torch.float64)
-    singles[1, 0] = 0.9  # the one candidate that was scored
-    truth = singles.clone()
-    truth[1, 2], truth[2, 3], truth[2, 0] = 0.8, 0.7, 0.6
-    singles[2] = singles[1, 2:] = torch.nan
-    known = {((i, j),): float(truth[i, j]) for i in range(4) for j in range(4)}
-    scoring = SimpleNamespace(
-        report=lambda *_: SimpleNamespace(close=lambda: None),
-        score=lambda sets, _: [known[pairs] for pairs in sets],
-    )
-    module = sys.modules["vfmk.channels.search"]
-    assert module._audited(scoring, singles, [(1, 0)], 4, 0.5, 16) == [(2, 3)]
+def test_the_audit_takes_one_pair_for_each_channel_and_misses_none(monkeypatch):
+    """Of four channels, each worth another value; (2, 1) is passed over, for one pass."""
+    values, samples = torch.tensor([0.0, 8.0, 2.0, 4.0]), [Labelled(torch.ones(1), 0)]
+    options = {"score_fn": lambda f, s: f @ torch.tensor([1.0, 0.1, 1.0, 0.01]), "top_n": 2}
+    options |= {"strategy": "screened", "keep": 1 / 12, "progress": False}
+    few = search(lambda image: values[None], samples, **options)
+    assert few.singles.isnan().sum() == 11
+    assert few.audit is None
+    (kept,) = few.candidates
+    audited = search(lambda image: values[None], samples, audit=12, **options)
+    assert audited.candidates == [kept]
+    assert kept == (0, 1)
+    assert audited.audit == [(2, 1)]
+    assert not audited.singles.isnan().any()
+    none = search(lambda image: values[None], samples, audit=1, **options)
+    assert none.singles.isnan().sum() == 10
 
 
 def test_of_subsets_that_score_alike_the_first_is_taken():
@@ -284,6 +283,22 @@ class Killed(BaseException):
     pass
 
 
+def test_pairs_applied_at_once_have_no_order(sam, samples, tmp_path):
+    """A file that has them in another one is gone on with; under `sequential` they are others."""
+    output = tmp_path / "scores.jsonl"
+    found = search(sam, samples, top_n=3, output=output, progress=False)
+    lines = [json.loads(line) for line in output.read_text().splitlines()]
+    for line in lines:
+        line["pairs"].reverse()
+    output.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    again = search(sam, samples, top_n=3, output=output, progress=False)
+    assert again.passes == 0
+    assert_same(again, found)
+    for sequential, same in ((False, True), (True, False)):
+        records = Records(None, {}, 3, sequential)
+        assert (records.key(((5, 2), (3, 7))) == records.key(((3, 7), (5, 2)))) == same
+
+
 def interrupted(monkeypatch, after):
     add, calls = Records.add, itertools.count()
 
@@ -389,43 +404,24 @@ def test_refuses_the_file_of_another_encoder_score_or_label(tmp_path):
         options = {"top_n": 1, "output": output, "progress": False}
         return search(Scaled(factor), [Labelled(image, label)], score_fn=score_fn, **options)
 
+    def by(head):
+        return lambda features, sample: head(features, sample)
+
     run()
     assert run().passes == 0
     for change, message in (
         ({"factor": 2.0}, "different model"),
         ({"score_fn": other}, "different score"),
+        ({"score_fn": by(head)}, "different score"),
         ({"label": (1, [3])}, "of different samples"),
     ):
         with pytest.raises(ValueError, match=message):
             run(**change)
-
-
-@dataclass(slots=True)
-class Slotted:
-    image: torch.Tensor
-    label: Any
-
-
-class Named(NamedTuple):
-    image: torch.Tensor
-    label: Any
-
-
-@pytest.mark.parametrize("kind", [Labelled, Slotted, Named, lambda *fields: list(fields)])
-def test_all_that_a_sample_holds_tells_it_apart(kind):
-    labels = [1, 1.0, "1", None, [1], [[1]], (1,), {"a": 1}, {"a": 2}, {"b": 1}]
-    labels += [torch.ones(2), torch.ones(2, 1), np.ones(2), np.ones(2, np.float32), Path("1")]
-    digests = [digest_of_samples([kind(torch.zeros(2), label)]) for label in labels]
-    assert len(set(digests)) == len(labels)
-    assert digests == [digest_of_samples([kind(torch.zeros(2), label)]) for label in labels]
-    image = torch.zeros(2)
-    assert digest_of_samples([kind(image, 1)] * 2) != digest_of_samples([kind(image, 1)])
-
-
-@pytest.mark.parametrize("label", [lambda: 1, torch.device("cpu"), nn.Identity(), object()])
-def test_refuses_samples_that_cannot_be_told_apart(label):
-    with pytest.raises(ValueError, match=rf"sample 1\.label is a {type(label).__name__}"):
-        digest_of_samples([Labelled(torch.zeros(2), 1), Labelled(torch.zeros(2), label)])
+    output.unlink()
+    run(score_fn=by(head))
+    assert run(score_fn=by(head)).passes == 0
+    with pytest.raises(ValueError, match="different score"):
+        run(score_fn=by(other))  # the same function, but for the head that it closes over
 
 
 @pytest.mark.parametrize(
@@ -696,6 +692,9 @@ def test_depth_from_feature_maps():
         ({"keep": 0.0}, ValueError, "keep must be in"),
         ({"audit": -1}, ValueError, "audit must be at least 0"),
         ({"model": nn.Identity()}, TypeError, "model must be a Sam or an AdaptedSam"),
+        ({"model": build_sam().half()}, TypeError, "must be in float32, .* is in torch.float16"),
+        ({"score_fn": len, "samples": [Labelled(torch.ones(3), 0)]}, TypeError, "of a Sam take"),
+        ({"score_fn": len, "model": "vit"}, TypeError, "model must be an encoder, got a str"),
     ],
 )
 def test_bad_arguments(sam, samples, options, error, message):
@@ -732,7 +731,7 @@ def test_the_authors_scores_are_gone_on_with(sam, samples, result, tmp_path):
 
 def test_hashes_nothing_without_an_output(sam, samples, monkeypatch):
     module = sys.modules["vfmk.channels.search"]  # the function of its name hides it
-    monkeypatch.delattr(module, "digest_of_model")
+    monkeypatch.delattr(module, "digest_of_sam")
     search(sam, samples, top_n=1, progress=False)
 
 

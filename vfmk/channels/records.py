@@ -44,13 +44,17 @@ class Records:
     Args:
         run: what tells runs apart.
         samples: of the run.
+        sequential: pairs are applied in order, not at once; tells runs apart too.
 
     Raises:
         ValueError: another run holds the file; a line is no record; the scores are of another run.
     """
 
-    def __init__(self, path: Path | None, run: Mapping[str, Any], samples: int) -> None:
-        self.run = dict(run)
+    def __init__(
+        self, path: Path | None, run: Mapping[str, Any], samples: int, sequential: bool = False
+    ) -> None:
+        self.run = {**run, "sequential": sequential}
+        self.sequential = sequential
         self.samples = samples
         self.scores: dict[PairSet, float] = {}
         self.raced: dict[PairSet, Raced] = {}
@@ -69,6 +73,10 @@ class Records:
         except BaseException:
             self.close()
             raise
+
+    def key(self, pairs: PairSet) -> PairSet:
+        """Under which they are in `scores` and `raced`: applied at once, they have no order."""
+        return pairs if self.sequential else tuple(sorted(pairs))
 
     def check(self, channels: int) -> None:
         """That all sets of pairs are maps of so many channels."""
@@ -165,7 +173,7 @@ class Records:
     def _take(self, line: bytes, place: str) -> None:
         try:
             record = json.loads(line)
-            pairs = tuple(checked_pair(pair) for pair in record["pairs"])
+            pairs = self.key(tuple(checked_pair(pair) for pair in record["pairs"]))
             score, samples = float(record["miou"]), int(record["samples"])
             run = dict(record.get("run", self.run))
             raced = None

@@ -37,12 +37,10 @@ class Scoring:
         scorer: Scorer,
         samples: Sequence[Any],
         records: Records,
-        sequential: bool,
         progress: bool,
     ) -> None:
         self.scorer = scorer
         self.records = records
-        self.sequential = sequential
         self.progress = progress and rank() == 0
         self.passes = 0
         mine = -(-len(samples) // world_size())  # the first process's
@@ -68,7 +66,7 @@ class Scoring:
         self.known = len(records.scores.keys() | records.raced)
 
     def map_of(self, pairs: PairSet) -> ChannelMap:
-        if self.sequential:
+        if self.records.sequential:
             return ChannelMap.in_order(pairs, self.num_channels)
         return ChannelMap(pairs, self.num_channels)
 
@@ -79,6 +77,7 @@ class Scoring:
     def score(self, sets: Sequence[PairSet], report: Report) -> list[float]:
         """The mean over the samples for each set of pairs."""
         known, samples = self.records.scores, len(self.prepared)
+        sets = [self.records.key(pairs) for pairs in sets]
         missing = [pairs for pairs in sets if pairs not in known]
         report.skip(
             (len(sets) - len(missing)) * samples,
@@ -92,6 +91,7 @@ class Scoring:
 
     def race(self, sets: Sequence[PairSet], rule: Rule, report: Report) -> list[Raced]:
         """The same sample by sample, until the rule drops a set."""
+        sets = [self.records.key(pairs) for pairs in sets]
         found = {
             pairs: known
             for number, pairs in enumerate(sets)

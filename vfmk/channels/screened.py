@@ -141,4 +141,5 @@ def screened_subsets(
     )
     report.close()
     chosen = [sets[number] for number in (~gains[0].isnan()).nonzero()[:, 0].tolist()]
-    return {pairs: scoring.records.scores[pairs] for pairs in chosen}
+    records = scoring.records
+    return {pairs: records.scores[records.key(pairs)] for pairs in chosen}

@@ -10,18 +10,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from vfmk.channels.channel_map import ChannelMap, Pair
-from vfmk.channels.digest import (
-    digest_of_model,
-    digest_of_samples,
-    digest_of_score,
-    modules_of,
-)
+from vfmk.channels.digest import digest_of, digest_of_sam, digest_of_samples, modules_of
 from vfmk.channels.records import PairSet, Records
 from vfmk.channels.scorers import (
     FeatureScorer,
@@ -126,11 +121,13 @@ def search(
         audit: score so many of the pairs that "screened" passed over or dropped, drawn at random,
             the same ones in each run.
         output: a JSONL file of scores in the authors' format. If it exists the search goes on where
-            it ended; it is locked while the search runs. A file of another model, samples, score
-            or `sequential` is refused; but functions, as model or score_fn, count by their name
-            alone: whether they compute the same is for the caller to know. One that the authors'
-            tool began does not say of what it is: the frozen model must score there as here.
-            Gradients, and scores sample by sample of the frozen model, are not in it.
+            it ended, and scores nothing again but what it was at when it was killed, some seconds'
+            work; it is locked while the search runs. A file of another model, samples, score or
+            `sequential` is refused. Functions and classes, as model or score_fn, count by their
+            code and the variables outside that it reads; code in other Python modules by its name
+            alone. A file that the authors' tool began does not say of what it is: the frozen model
+            must score there as here. Features, gradients, and scores sample by sample of the frozen
+            model are not in it.
         progress: report to stderr.
 
     Raises:
@@ -162,35 +159,40 @@ def search(
     _check_arguments(samples, top_n, strategy, keep, audit)
     modules = [*modules_of(model), *modules_of(score_fn)]
     _check_modules(modules, strategy)
+    sam = _sam_of(model) if score_fn is None else None
+    if sam is None:
+        _check_encoder(model)
     for sample in samples:
-        (check_sample if score_fn is None else check_image)(sample)
-    path, run = None, {}
+        (check_image if sam is None else check_sample)(sample)
+    path: Path | None = None
+    run = {}
     if output and rank() == 0:
         path = Path(output)
         run = {
-            "model": digest_of_model(model),
+            "model": digest_of(model, "model") if sam is None else digest_of_sam(sam),
             "samples": digest_of_samples(samples),
-            "score": "IoU" if score_fn is None else digest_of_score(score_fn),
-            "sequential": sequential,
+            "score": digest_of(score_fn, "score_fn") if sam is None else "IoU",
         }
-    records = _opened(path, run, len(samples))
+    records = _opened(path, run, len(samples), sequential)
     try:
         with _in_eval_mode(modules), _in_plain_mode():
-            scorer: Scorer = (
-                SamScorer(_sam_of(model)) if score_fn is None else FeatureScorer(model, score_fn)
-            )
-            scoring = Scoring(scorer, samples, records, sequential, progress)
+            scorer: Scorer
+            if score_fn is None:
+                scorer = SamScorer(cast("Sam", sam))
+            else:
+                scorer = FeatureScorer(model, score_fn)
+            scoring = Scoring(scorer, samples, records, progress)
             share = KEEP if keep is None else keep
             return _search(scoring, top_n, strategy, positive_only, share, audit)
     finally:
         records.close()
 
 
-def _opened(path: Path | None, run: dict[str, Any], samples: int) -> Records:
+def _opened(path: Path | None, run: dict[str, Any], samples: int, sequential: bool) -> Records:
     """What the first process finds wrong with its file stops them all."""
     records, error = None, None
     try:
-        records = Records(path, run, samples)
+        records = Records(path, run, samples, sequential)
     except (OSError, ValueError) as found:
         error = found
     if error := agreed(error):
@@ -223,7 +225,10 @@ def _search(
         scores = dict(zip(subsets, scoring.score(subsets, report), strict=True))
         report.close()
     best = min(scores, key=lambda pairs: (-scores[pairs], len(pairs), sorted(pairs)), default=())
-    audited = _audited(scoring, singles, candidates, top_n, bar, audit) if audit else None
+    audited = None
+    if audit:
+        singles = _audited(scoring, singles, audit)
+        audited = [pair for pair in _top(singles, top_n, bar) if pair not in candidates]
     return SearchResult(
         baseline,
         singles,
@@ -249,15 +254,8 @@ def _all_pairs(scoring: Scoring, baseline: float) -> Tensor:
     return singles
 
 
-def _audited(
-    scoring: Scoring,
-    singles: Tensor,
-    candidates: Sequence[Pair],
-    top_n: int,
-    bar: float,
-    count: int,
-) -> list[Pair]:
-    """`SearchResult.audit`, of `count` pairs."""
+def _audited(scoring: Scoring, singles: Tensor, count: int) -> Tensor:
+    """`singles`, with the scores of `count` pairs that were NaN."""
     passed_over = [(i, j) for i, j in singles.isnan().nonzero().tolist()]
     drawn = torch.randperm(len(passed_over), generator=torch.Generator().manual_seed(0))[:count]
     pairs = [passed_over[number] for number in drawn]
@@ -267,7 +265,7 @@ def _audited(
     completed = singles.clone()
     for pair, score in zip(pairs, scores, strict=True):
         completed[pair] = score
-    return [pair for pair in _top(completed, top_n, bar) if pair not in candidates]
+    return completed
 
 
 def _top(singles: Tensor, top_n: int, bar: float) -> list[Pair]:
@@ -318,7 +316,19 @@ def _sam_of(model: Any) -> "Sam":
             "search: without a score_fn, model must be a Sam or an AdaptedSam,"
             f" got {type(model).__name__}"
         )
+    for name, parameter in sam.named_parameters():
+        if parameter.dtype in (torch.float16, torch.bfloat16):
+            raise TypeError(f"search: the model must be in float32, {name} is in {parameter.dtype}")
     return sam
+
+
+def _check_encoder(model: Any) -> None:
+    if not callable(model):
+        raise TypeError(f"search: model must be an encoder, got a {type(model).__name__}")
+    if any(hasattr(module, "mask_decoder") for module in modules_of(model)):
+        raise TypeError(
+            "search: with a score_fn, model must give features; of a Sam take the image_encoder"
+        )
 
 
 def _check_modules(modules: Sequence[nn.Module], strategy: str) -> None:
