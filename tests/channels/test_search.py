@@ -132,16 +132,6 @@ def test_of_subsets_that_score_alike_the_first_is_taken():
     assert sorted(found.best.pairs) == [(1, 0), (5, 0)]
 
 
-@pytest.mark.parametrize(("channels", "limit"), [(12, 128), (64, 128), (256, 653)])
-def test_screened_takes_a_tenth_of_the_passes(channels, limit):
-    pairs, subsets = channels * (channels - 1), 2**10 - 1 - 10
-    module = sys.modules["vfmk.channels.search"]
-    scored = min(1023, max(module.SUBSETS_AT_LEAST, round(module.SUBSETS_SHARE * pairs)))
-    assert scored == limit
-    if channels >= 64:
-        assert 3 + 1 + 1 + round(0.09 * pairs) + scored - 10 <= 0.1 * (1 + pairs + subsets)
-
-
 def test_a_score_that_is_not_finite_in_another_process_stops_this_one(sam, samples, monkeypatch):
     monkeypatch.setattr("vfmk.channels.scoring._summed", lambda sums: sums.mul_(torch.nan))
     with pytest.raises(ValueError, match="a score is not finite"):

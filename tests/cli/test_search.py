@@ -141,3 +141,20 @@ def test_of_several_processes_the_first_alone_names_a_mistake(tmp_path):
     assert ended.returncode == 1
     assert ended.stderr.count("vfmk search: load_samples: no does not exist") == 1
     assert "[rank1]" not in ended.stderr
+
+
+def test_several_processes_share_a_search(data, tmp_path):
+    """Of the bundled model, whose weights each of them loads."""
+    found = []
+    options = ["--data", data, "--limit", 3, "--top-n", 3, "--strategy", "screened", "--keep", 0.03]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    for out, command in (("one", [sys.executable]), ("two", launch)):
+        arguments = [*command, "-m", "vfmk", "search", *options, "--out", tmp_path / out]
+        ended = subprocess.run(list(map(str, arguments)), capture_output=True, text=True)
+        assert ended.returncode == 0, ended.stderr
+        assert ended.stdout.count("channels overwritten") == 2  # in one report
+        found.append(json.loads((tmp_path / out / "metrics.json").read_text()))
+    one, two = found
+    assert (one["pairs"], one["passes"]) == (two["pairs"], two["passes"])
+    assert one["best_score"] == pytest.approx(two["best_score"], abs=1e-6)
+    assert one["test"]["samples"] == two["test"]["samples"] == 2

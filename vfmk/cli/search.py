@@ -51,20 +51,21 @@ def search(
         if distributed:
             torch.distributed.init_process_group()
         outcome: list[Any] = [None]
+        test: list[Any] = []  # of the first process alone, which evaluates
         if not distributed or torch.distributed.get_rank() == 0:
             try:
-                outcome = [searched_and_test(data, split, limit, test_data, test_split)]
+                searched, test = searched_and_test(data, split, limit, test_data, test_split)
+                outcome = [searched]
             except (OSError, ValueError) as error:
                 outcome = [error]
         if distributed:
             torch.distributed.broadcast_object_list(outcome)
         if isinstance(outcome[0], Exception):
             raise outcome[0]
-        searched, test = outcome[0]
     with plain_errors("search", "demo"):
         run_search(
             load_model(model, checkpoint, adapter),
-            searched,
+            outcome[0],
             test,
             out,
             facts={"dataset": data.resolve().stem, "backend": model},

@@ -31,24 +31,32 @@ class ControlledScore(NamedTuple):
 
 
 class Controls(NamedTuple):
-    """What suits the training samples best."""
+    """What suits the training samples best, and the mean IoU there at that threshold."""
 
     threshold: float
     radius: float
+    tuned_threshold: float
 
 
 def tuned_controls(sam: "Sam", train: Sequence[Sample]) -> Controls:
-    logits = [predict_logits(sam, sample) for sample in train]
-    threshold = max(THRESHOLDS, key=lambda t: mean_iou([z > t for z in logits], train))
-    radius = max(RADII, key=lambda r: mean_iou([disc(s, r) for s in train], train))
-    return Controls(float(threshold), float(radius))
+    by_threshold, by_radius = [], []  # IoU, a row for each sample
+    for sample in train:
+        logits = predict_logits(sam, sample)
+        by_threshold.append([binary_iou(logits > t, sample.mask) for t in THRESHOLDS])
+        by_radius.append([binary_iou(disc(sample, r), sample.mask) for r in RADII])
+    of_thresholds, of_radii = np.mean(by_threshold, 0), np.mean(by_radius, 0)
+    return Controls(
+        threshold=float(THRESHOLDS[of_thresholds.argmax()]),
+        radius=float(RADII[of_radii.argmax()]),
+        tuned_threshold=float(of_thresholds.max()),
+    )
 
 
 def controlled_score(
     sam: "Sam", train: Sequence[Sample], test: Sequence[Sample]
 ) -> ControlledScore:
     """Scores `sam` and its controls on `test`; only the controls look at `train`."""
-    threshold, radius = tuned_controls(sam, train)
+    threshold, radius, _ = tuned_controls(sam, train)
     logits = [predict_logits(sam, sample) for sample in test]
     return ControlledScore(
         model=mean_iou([z > sam.mask_threshold for z in logits], test),

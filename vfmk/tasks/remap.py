@@ -16,7 +16,7 @@ from vfmk.channels.channel_map import Pair
 from vfmk.channels.digest import digest_of_samples
 from vfmk.data.sample import Sample
 from vfmk.tasks import pictures
-from vfmk.tasks.controls import binary_iou, disc, tuned_controls
+from vfmk.tasks.controls import Controls, binary_iou, disc, tuned_controls
 
 if TYPE_CHECKING:
     from segment_anything.modeling import Sam
@@ -27,6 +27,8 @@ BOOTSTRAPS = 2000
 NO_TEST = """
 No test samples were given: whether the map helps on other images, and how the controls do there, is
 not known.
+
+![image, truth, before, after, of search samples](grid.png)
 """
 
 
@@ -65,7 +67,8 @@ def run_search(
     """Search on `search_samples`, evaluate the map once on `test_samples` if there are any, and
     write into `output` scores.jsonl, map.json, metrics.json, report.md and pictures.
 
-    With torch.distributed initialised every process calls this, and the first one writes.
+    With torch.distributed initialised every process calls this; the first one evaluates and writes,
+    and needs the test samples alone.
 
     Args:
         facts: written into map.json, as "dataset" and "backend" of the authors' files.
@@ -89,12 +92,18 @@ def run_search(
     gains = (result.singles - result.baseline).numpy()
     pictures.draw_gains(output / "gains.png", gains)
     pictures.draw_heat_map(output / "heat_map.png", gains)
+    controls = tuned_controls(sam, search_samples)
     test = None
     if test_samples:
-        test = _evaluate(sam, result.best, search_samples, test_samples, output)
+        test = _evaluate(sam, result.best, controls, test_samples, output)
+    else:
+        shown = search_samples[:PICTURES]
+        masks = [_masks_without_and_with(sam, result.best, sample) for sample in shown]
+        pictures.draw_grid(output / "grid.png", shown, *zip(*masks, strict=True))
     metrics = {
         "search_samples": len(search_samples),
         "baseline": result.baseline,
+        "baseline_tuned_threshold": controls.tuned_threshold,
         "best_score": result.best_score,
         "pairs": result.best.pairs,
         "candidates": result.candidates,
@@ -104,7 +113,7 @@ def run_search(
         "test": test and asdict(test),
     }
     write_whole(output / "metrics.json", json.dumps(metrics, indent=1).encode())
-    write_whole(output / "report.md", _report(result, len(search_samples), test).encode())
+    write_whole(output / "report.md", _report(result, len(search_samples), controls, test).encode())
 
 
 def run_apply(
@@ -135,7 +144,8 @@ def run_apply(
     if (output / SCORES).exists():
         raise FileExistsError(f"apply: {output} holds a search; choose another folder by --out")
     output.mkdir(parents=True, exist_ok=True)
-    test = _evaluate(sam, map, search_samples, test_samples, output)
+    controls = tuned_controls(sam, search_samples)
+    test = _evaluate(sam, map, controls, test_samples, output)
     metrics = {"pairs": map.pairs, "test": asdict(test)}
     write_whole(output / "metrics.json", json.dumps(metrics, indent=1).encode())
     report = (
@@ -158,12 +168,12 @@ def _check_apart(search_samples: Sequence[Sample], test_samples: Sequence[Sample
 def _evaluate(
     sam: "Sam",
     map: ChannelMap,
-    search_samples: Sequence[Sample],
+    controls: Controls,
     test_samples: Sequence[Sample],
     output: Path,
 ) -> TestScore:
     """Scores without and with the map, and their picture. Each test image is encoded once."""
-    threshold, radius = tuned_controls(sam, search_samples)
+    threshold, radius, _ = controls
     masks: list[tuple[np.ndarray, np.ndarray]] = []  # before and after, of those shown
     scores = []
     for sample in test_samples:
@@ -210,6 +220,13 @@ def _logits_without_and_with(
     return without[0], with_map[0]
 
 
+def _masks_without_and_with(
+    sam: "Sam", map: ChannelMap, sample: Sample
+) -> tuple[np.ndarray, np.ndarray]:
+    frozen, remapped = _logits_without_and_with(sam, map, sample)
+    return frozen > sam.mask_threshold, remapped > sam.mask_threshold
+
+
 def _bootstrap_interval(gains: np.ndarray) -> tuple[float, float]:
     random = np.random.default_rng(0)
     drawn = random.integers(len(gains), size=(BOOTSTRAPS, len(gains)))
@@ -217,7 +234,7 @@ def _bootstrap_interval(gains: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _report(result: SearchResult, samples: int, test: TestScore | None) -> str:
+def _report(result: SearchResult, samples: int, controls: Controls, test: TestScore | None) -> str:
     audit = ""
     if result.audit is not None:
         audit = f"\nRejected pairs looked at that should have been kept: {_listed(result.audit)}.\n"
@@ -230,6 +247,8 @@ Overwritten by read: {_listed(result.best.pairs)}
 | on the search samples | IoU |
 |---|---|
 | frozen model | {result.baseline:.4f} |
+| frozen model, its threshold tuned on them ({controls.threshold:.2f}) \
+| {controls.tuned_threshold:.4f} |
 | **channels overwritten** | **{result.best_score:.4f}** |
 
 Gain {result.best_score - result.baseline:+.4f}, on the samples that it was chosen on.
