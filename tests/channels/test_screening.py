@@ -10,10 +10,10 @@ import torch
 
 import vfmk
 from vfmk.channels import load_samples, search
+from vfmk.channels.dropping import Rule, looks, shuffled
 from vfmk.channels.progress import Report
-from vfmk.channels.racing import Rule, looks, shuffled
+from vfmk.channels.race import Race
 from vfmk.channels.records import Raced
-from vfmk.channels.screened import Race
 from vfmk.channels.screening import Group, bars_of, explore
 from vfmk.data.demo_scenes import demo_scenes
 from vfmk.tasks.score_tiny import unseen_scenes
@@ -126,19 +126,19 @@ def test_few_that_reach_their_bar_are_dropped():
         assert wrongly_dropped(gains, 0.0) > 2 * share
 
 
-def test_what_the_first_order_does_not_see_is_not_dropped_for_it():
+def test_what_the_first_order_does_not_see_is_not_dropped_for_it(monkeypatch):
     """Gains on one sample of five, a gradient of 0: they look alike on the first ten."""
     report = Report("pairs", 1, False)
     rules = []
 
-    class Scores:
-        def race(self, sets, rule, report):
-            rules.append(rule)
-            return [Raced(0.0, 0.3, 50) for _ in sets]
+    def run(sets, rule):
+        rules.append(rule)
+        return [Raced(0.0, 0.3, 50) for _ in sets]
 
     first_order = torch.zeros(4, 50, dtype=torch.float64)
     first_order[0, ::2] = 1.0
-    race = Race(Scores(), lambda place: (place,), lambda places: first_order, report)
+    race = Race(None, lambda place: (place,), lambda places: first_order, report)
+    monkeypatch.setattr(race, "_run", run)
     places = [(0, 1), (1, 2), (2, 3), (3, 4)]
     for _ in range(2):
         race(places, [1e-12] * 4, 1.0)

@@ -16,7 +16,7 @@ from tests.channels.conftest import CHANNELS, build_sam, build_samples
 from tests.channels.plain import plain_protocol, plain_scores, subsets_of
 from vfmk import channels
 from vfmk.channels import ChannelMap, search
-from vfmk.channels.racing import shuffled
+from vfmk.channels.dropping import shuffled
 from vfmk.channels.records import Records
 from vfmk.channels.scorers import chunk_size
 from vfmk.data.sample import Sample
@@ -133,7 +133,7 @@ def test_of_subsets_that_score_alike_the_first_is_taken():
 
 
 def test_a_score_that_is_not_finite_in_another_process_stops_this_one(sam, samples, monkeypatch):
-    monkeypatch.setattr("vfmk.channels.scoring._summed", lambda sums: sums.mul_(torch.nan))
+    monkeypatch.setattr("vfmk.channels.scoring.summed", lambda sums: sums.mul_(torch.nan))
     with pytest.raises(ValueError, match="a score is not finite"):
         search(sam, samples, progress=False)
 

@@ -184,44 +184,6 @@ def _first_order_gains(gradient: Tensor, features: Tensor, dim: int) -> Tensor:
     return gradient @ features.T - (gradient * features).sum(1, keepdim=True)
 
 
-def check_sample(sample: "Sample") -> None:
-    """That it is as `load_samples` gives them."""
-    name = f"search: sample {sample.id!r}"
-    if sample.mask.ndim != 2 or sample.mask.dtype != bool:
-        raise ValueError(
-            f"{name} must have a bool mask, has {sample.mask.dtype} {list(sample.mask.shape)}"
-        )
-    height, width = sample.mask.shape
-    if sample.image.ndim != 3 or sample.image.shape[2] != 3 or sample.image.dtype != "uint8":
-        raise ValueError(
-            f"{name} must have a uint8 image [H, W, 3], has {sample.image.dtype}"
-            f" {list(sample.image.shape)}"
-        )
-    if sample.image.shape[:2] != (height, width):
-        raise ValueError(f"{name}: image and mask differ in size")
-    if not sample.mask.any():
-        raise ValueError(f"{name} has an empty mask")
-    if not len(sample.points):
-        raise ValueError(f"{name} has no points")
-    if len(sample.labels) != len(sample.points):
-        raise ValueError(f"{name} has {len(sample.points)} points, {len(sample.labels)} labels")
-    if not set(sample.labels.tolist()) <= {0, 1}:
-        raise ValueError(f"{name} has a label that is neither 0 nor 1: {sample.labels.tolist()}")
-    x, y = sample.points.T
-    if not ((x >= 0) & (x < width) & (y >= 0) & (y < height)).all():
-        raise ValueError(f"{name} has a point outside its image")
-
-
-def check_image(sample: Any) -> None:
-    """That an encoder can be given its image."""
-    image = getattr(sample, "image", None)
-    if not isinstance(image, Tensor):
-        raise TypeError(
-            f"search: with a score_fn a sample must have a Tensor as its image, got"
-            f" {type(image).__name__}"
-        )
-
-
 def chunk_size(features: Tensor, copies: int) -> int:
     """How many candidates to score at once, from the features of one and `Scorer.copies`."""
     budget = CPU_BYTES

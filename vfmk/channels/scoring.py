@@ -4,7 +4,7 @@ With torch.distributed initialised, the encoding of the samples and the sets to 
 out, and every process gets all results.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from vfmk.channels.channel_map import ChannelMap
+from vfmk.channels.processes import agreed, gathered, rank, summed, world_size
 from vfmk.channels.progress import Report
-from vfmk.channels.racing import Rule, looks, shuffled
-from vfmk.channels.records import PairSet, Raced, Records
+from vfmk.channels.records import PairSet, Records
 from vfmk.channels.scorers import Scorer, channel_dim, chunk_size
 
 Items = TypeVar("Items", bound=Sequence[Any])
@@ -27,17 +27,15 @@ class Scoring:
 
     Attributes:
         features: of each sample.
+        prepared: what `Scorer.prepare` makes of each.
         num_channels: of the features.
+        chunk: how many candidates to score at once.
         passes: decoder passes spent so far, by all processes.
         known: how many scores the records had to begin with.
     """
 
     def __init__(
-        self,
-        scorer: Scorer,
-        samples: Sequence[Any],
-        records: Records,
-        progress: bool,
+        self, scorer: Scorer, samples: Sequence[Any], records: Records, progress: bool
     ) -> None:
         self.scorer = scorer
         self.records = records
@@ -55,7 +53,7 @@ class Scoring:
         self.device = self.features[0].device
         # The same in every process.
         largest = max(self.features, key=lambda features: features.nbytes)
-        self.chunk = min(_gathered(chunk_size(largest, scorer.copies)))
+        self.chunk = min(gathered(chunk_size(largest, scorer.copies)))
         records.scores, records.raced, records.is_foreign = agreed(
             (records.scores, records.raced, records.is_foreign)
         )
@@ -83,27 +81,11 @@ class Scoring:
             (len(sets) - len(missing)) * samples,
             {pairs: known[pairs] for pairs in sets if pairs in known},
         )
-        for block in _blocks(missing, self._block):
+        for block in blocks_of(missing, self.block):
             new = dict(zip(block, self._means(block), strict=True))
             self.records.add(new)
             report.advance(len(block) * samples, new)
         return [known[pairs] for pairs in sets]
-
-    def race(self, sets: Sequence[PairSet], rule: Rule, report: Report) -> list[Raced]:
-        """The same sample by sample, until the rule drops a set."""
-        sets = [self.records.key(pairs) for pairs in sets]
-        found = {
-            pairs: known
-            for number, pairs in enumerate(sets)
-            if (known := self._raced_before(pairs, rule.of([number])))
-        }
-        report.skip(sum(known.samples for known in found.values()), self._whole(found))
-        missing = [number for number, pairs in enumerate(sets) if pairs not in found]
-        for block in _blocks(missing, self._block):
-            new = self._raced([sets[number] for number in block], rule.of(block))
-            report.advance(sum(raced.samples for raced in new.values()), self._whole(new))
-            found |= new
-        return [found[pairs] for pairs in sets]
 
     @cached_property
     def first_order_gains(self) -> Tensor:
@@ -118,9 +100,20 @@ class Scoring:
             report.advance(1, {})
         report.close()
         self.passes += GRADIENT_PASSES * len(self.prepared)
-        if not _summed(gains).isfinite().all():
+        if not summed(gains).isfinite().all():
             raise ValueError("search: a gradient of the score is not finite")
         return gains.cpu()
+
+    @cached_property
+    def frozen_scores(self) -> Tensor:
+        """The frozen model's on each sample: float64 [n]."""
+        scores = torch.zeros(len(self.prepared), dtype=torch.float64, device=self.device)
+        overwritten, read = self.tensors([()])
+        for number in range(rank(), len(self.prepared), world_size()):
+            prepared = self.prepared[number]
+            scores[number] = self.scorer.scores(prepared, overwritten, read).double()[0]
+        self.passes += len(self.prepared)
+        return summed(scores)
 
     def channel_distances(self) -> Tensor:
         """Mean squared difference of channels over samples and places: float64 [C, C]."""
@@ -133,98 +126,23 @@ class Scoring:
 
     def _means(self, block: Sequence[PairSet]) -> list[float]:
         sums = torch.zeros(len(block), dtype=torch.float64, device=self.device)
-        for chunk in _blocks(range(rank(), len(block), world_size()), self.chunk):
-            overwritten, read = self._tensors([block[i] for i in chunk])
+        for chunk in blocks_of(range(rank(), len(block), world_size()), self.chunk):
+            overwritten, read = self.tensors([block[i] for i in chunk])
             of_chunk = sums[chunk.start : chunk.stop : chunk.step]
             for prepared in self.prepared:
                 of_chunk += self.scorer.scores(prepared, overwritten, read).double()
         # First the sum: what is not finite in one process then stops them all.
-        if not _summed(sums).isfinite().all():
+        if not summed(sums).isfinite().all():
             raise ValueError("search: a score is not finite")
         self.passes += len(block) * len(self.prepared)
         return (sums / len(self.prepared)).tolist()
 
-    def _raced_before(self, pairs: PairSet, rule: Rule) -> Raced | None:
-        """Where this rule drops the pairs too, or they were scored on all samples."""
-        raced, samples = self.records.raced.get(pairs), len(self.prepared)
-        if raced and (
-            raced.samples == samples
-            or rule.drops(*(torch.tensor([value], dtype=torch.float64) for value in raced))
-        ):
-            return raced
-        if pairs in self.records.scores:
-            gain = self.records.scores[pairs] - self.records.scores[()]
-            return Raced(gain, torch.nan, samples)
-        return None
-
-    def _whole(self, raced: Mapping[PairSet, Raced]) -> dict[PairSet, float]:
-        """Scores of those that were not dropped."""
-        samples, scores = len(self.prepared), self.records.scores
-        return {pairs: scores[pairs] for pairs, found in raced.items() if found.samples == samples}
-
-    def _raced(self, block: Sequence[PairSet], rule: Rule) -> dict[PairSet, Raced]:
-        results = torch.zeros(len(block), 4, dtype=torch.float64, device=self.device)
-        frozen = self._frozen
-        mine = list(range(rank(), len(block), world_size()))
-        if mine:
-            of_mine = self._race_alone([block[i] for i in mine], rule.of(mine), frozen)
-            results[mine] = of_mine
-        # First the sum: what is not finite in one process then stops them all.
-        if not _summed(results).isfinite().all():
-            raise ValueError("search: a score is not finite")
-        raced, means = {}, {}
-        for pairs, (score, gain, spread, samples) in zip(block, results.tolist(), strict=True):
-            self.passes += int(samples)
-            means[pairs] = score / samples
-            if samples == len(self.prepared):
-                gain = means[pairs] - self.records.scores[()]
-            raced[pairs] = Raced(gain, spread, int(samples))
-        self.records.add_raced(raced, means)
-        return raced
-
-    def _race_alone(self, sets: Sequence[PairSet], rule: Rule, frozen: Tensor) -> Tensor:
-        """In this process. Of each set the sum of its scores, and what is in Raced: [K, 4]."""
-        overwritten, read = self._tensors(sets)
-        samples = len(self.prepared)
-        scores = torch.zeros(len(sets), samples, dtype=torch.float64, device=self.device)
-        results = torch.zeros(len(sets), 4, dtype=torch.float64)
-        order, done = shuffled(samples), 0
-        racing = torch.arange(len(sets))
-        for end in looks(samples):
-            for number in order[done:end].tolist():
-                for chunk in racing.split(self.chunk):
-                    prepared = self.prepared[number]
-                    new = self.scorer.scores(prepared, overwritten[chunk], read[chunk])
-                    scores[chunk, number] = new.double()
-            done, seen = end, order[:end]
-            gains = (scores - frozen).cpu()[racing][:, seen]
-            of_racing = rule.of(racing)
-            gain, spread = of_racing.estimates(gains, seen)
-            count = torch.full_like(gain, end)
-            results[racing, 1:] = torch.stack([gain, spread, count], 1)
-            racing = racing[~of_racing.drops(gain, spread, count)]
-            if not len(racing):
-                break
-        for of_sample in scores.cpu().unbind(1):  # in the order in which `_means` adds them
-            results[:, 0] += of_sample
-        return results.to(self.device)
-
-    @cached_property
-    def _frozen(self) -> Tensor:
-        """The frozen model's score on each sample: float64 [n]."""
-        scores = torch.zeros(len(self.prepared), dtype=torch.float64, device=self.device)
-        overwritten, read = self._tensors([()])
-        for number in range(rank(), len(self.prepared), world_size()):
-            prepared = self.prepared[number]
-            scores[number] = self.scorer.scores(prepared, overwritten, read).double()[0]
-        self.passes += len(self.prepared)
-        return _summed(scores)
-
     @property
-    def _block(self) -> int:
+    def block(self) -> int:
+        """How many sets of pairs to score before their scores are written down."""
         return BLOCK_CHUNKS * self.chunk * world_size()
 
-    def _tensors(self, sets: Sequence[PairSet]) -> tuple[Tensor, Tensor]:
+    def tensors(self, sets: Sequence[PairSet]) -> tuple[Tensor, Tensor]:
         """Channels overwritten and read, [K, P]; short sets are filled up with (0, 0)."""
         pairs_of = [self.map_of(pairs).pairs for pairs in sets]
         width = max(1, *map(len, pairs_of))
@@ -243,7 +161,7 @@ def _encoded(scorer: Scorer, samples: Sequence[Any], report: Report) -> list[Ten
     report.close()
     if world_size() == 1:
         return mine
-    shared = _gathered([features.cpu() for features in mine])
+    shared = gathered([features.cpu() for features in mine])
     return [
         shared[number % world_size()][number // world_size()].to(mine[0].device)
         for number in range(len(samples))
@@ -260,42 +178,6 @@ def _num_channels(features: Sequence[Tensor]) -> int:
     return channels
 
 
-def _blocks(items: Items, size: int) -> Iterator[Items]:
+def blocks_of(items: Items, size: int) -> Iterator[Items]:
     for begin in range(0, len(items), size):
         yield items[begin : begin + size]  # type: ignore[misc]  # a slice is of the same type
-
-
-def agreed(value: Any) -> Any:
-    """The first process's."""
-    if world_size() == 1:
-        return value
-    values = [value]
-    torch.distributed.broadcast_object_list(values)
-    return values[0]
-
-
-def _gathered(value: Any) -> list[Any]:
-    """Each process's."""
-    values = [value] * world_size()
-    if world_size() > 1:
-        torch.distributed.all_gather_object(values, value)
-    return values
-
-
-def _summed(tensor: Tensor) -> Tensor:
-    """Over all processes, in place."""
-    if world_size() > 1:
-        torch.distributed.all_reduce(tensor)
-    return tensor
-
-
-def world_size() -> int:
-    return torch.distributed.get_world_size() if _initialized() else 1
-
-
-def rank() -> int:
-    return torch.distributed.get_rank() if _initialized() else 0
-
-
-def _initialized() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()

@@ -1,69 +1,20 @@
 """The strategy "screened": a share of the pairs and of the subsets, raced."""
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from vfmk.channels.channel_map import Pair
-from vfmk.channels.progress import Report
-from vfmk.channels.racing import Rule
-from vfmk.channels.records import PairSet, Raced
-from vfmk.channels.scoring import Scoring, agreed
+from vfmk.channels.race import Race
+from vfmk.channels.records import PairSet
+from vfmk.channels.scoring import Scoring
 from vfmk.channels.screening import Group, Place, best, explore
 
 # So many subsets' passes are spent; all are scored if there are no more.
 SUBSETS_AT_LEAST, SUBSETS_SHARE = 128, 0.01  # and the share of the number of pairs
 
 ROUNDING = 1e-12  # of a distance, in shares of the greatest
-
-
-class Race:
-    """Scores candidates in rounds.
-
-    Args:
-        sets: the pairs of a candidate.
-        first_order: the gain of K candidates on each sample to first order, float64 [K, n].
-    """
-
-    def __init__(
-        self,
-        scoring: Scoring,
-        sets: Callable[[Place], PairSet],
-        first_order: Callable[[Sequence[Place]], Tensor],
-        report: Report,
-    ) -> None:
-        self.scoring = scoring
-        self.sets = sets
-        self.first_order = first_order
-        self.report = report
-        self.raced = 0
-        self.variances = self.first_order_variances = 0.0  # sums over those raced
-
-    def __call__(
-        self, places: Sequence[Place], bars: Sequence[float], factor: float
-    ) -> dict[Place, Raced]:
-        """Candidates usually vary between samples as those of the rounds before did, in proportion
-        to their first-order gains, and no less than they did on average: the first order may
-        see nothing of what a candidate does."""
-        places, bars, factor = agreed((places, bars, factor))
-        first_order = self.first_order(places)
-        variances = first_order.var(1, correction=min(1, first_order.shape[1] - 1))
-        before = self.first_order_variances
-        usual = variances * (self.variances / before if before else 0.0)
-        rule = Rule(
-            torch.tensor(bars, dtype=torch.float64),
-            factor * first_order,
-            usual.clamp(min=self.variances / self.raced if self.raced else math.nan),
-        )
-        raced = self.scoring.race([self.sets(place) for place in places], rule, self.report)
-        for found, variance in zip(raced, variances.tolist(), strict=True):
-            if not math.isnan(found.spread):
-                self.raced += 1
-                self.variances += found.spread**2
-                self.first_order_variances += variance
-        return dict(zip(places, raced, strict=True))
 
 
 def num_pairs(scoring: Scoring) -> int:

@@ -8,7 +8,7 @@ and the function differs somewhat from group to group. Scored next are those tha
 the spread of this model most probably improve on what is known, so that good guesses and unknown
 ground both get their turn.
 
-They are raced against what they are to improve on (`vfmk.channels.racing`), sample by sample: the
+They are raced against what they are to improve on (`vfmk.channels.dropping`), sample by sample: the
 bar is fixed for a round. What is learnt of a candidate that is dropped counts as inexact.
 """
 

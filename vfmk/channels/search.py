@@ -16,16 +16,19 @@ import torch
 from torch import Tensor, nn
 
 from vfmk.channels.channel_map import ChannelMap, Pair
-from vfmk.channels.digest import digest_of, digest_of_sam, digest_of_samples, modules_of
-from vfmk.channels.records import PairSet, Records
-from vfmk.channels.scorers import (
-    FeatureScorer,
-    SamScorer,
-    Scorer,
+from vfmk.channels.checks import (
+    check_arguments,
+    check_encoder,
     check_image,
+    check_modules,
     check_sample,
+    sam_of,
 )
-from vfmk.channels.scoring import Scoring, agreed, rank
+from vfmk.channels.digest import digest_of, digest_of_sam, digest_of_samples, modules_of
+from vfmk.channels.processes import agreed, rank
+from vfmk.channels.records import PairSet, Records
+from vfmk.channels.scorers import FeatureScorer, SamScorer, Scorer
+from vfmk.channels.scoring import Scoring
 from vfmk.channels.screened import (
     SUBSETS_AT_LEAST,
     SUBSETS_SHARE,
@@ -33,13 +36,10 @@ from vfmk.channels.screened import (
     screened_pairs,
     screened_subsets,
 )
-from vfmk.sam.adapt import AdaptedSam
-from vfmk.sam.base import unwrapped
 
 if TYPE_CHECKING:
     from segment_anything.modeling import Sam
 
-STRATEGIES = ("exhaustive", "screened")
 KEEP = 0.09  # the default; with subsets and gradients below a tenth, from 64 channels on
 
 
@@ -156,12 +156,12 @@ def search(
         def negative_mse(features, sample):
             return -(depth_head(features[:, 1:])[..., 0] - sample.depth).square().mean(1)
     """
-    _check_arguments(samples, top_n, strategy, keep, audit)
+    check_arguments(samples, top_n, strategy, keep, audit)
     modules = [*modules_of(model), *modules_of(score_fn)]
-    _check_modules(modules, strategy)
-    sam = _sam_of(model) if score_fn is None else None
+    check_modules(modules, strategy)
+    sam = sam_of(model) if score_fn is None else None
     if sam is None:
-        _check_encoder(model)
+        check_encoder(model)
     for sample in samples:
         (check_image if sam is None else check_sample)(sample)
     path: Path | None = None
@@ -279,68 +279,6 @@ def _top(singles: Tensor, top_n: int, bar: float) -> list[Pair]:
             break
         best.setdefault(i, (i, j))
     return list(best.values())
-
-
-def _check_arguments(
-    samples: Sequence[Any], top_n: int, strategy: str, keep: float | None, audit: int
-) -> None:
-    if not isinstance(samples, Sequence):
-        raise TypeError(f"search: samples must be a sequence, got {type(samples).__name__}")
-    if not samples:
-        raise ValueError("search: no samples")
-    if strategy not in STRATEGIES:
-        raise ValueError(
-            f"search: strategy must be one of {', '.join(STRATEGIES)}, got {strategy!r}"
-        )
-    for name, value in {"top_n": top_n, "audit": audit}.items():
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise TypeError(f"search: {name} must be an int, got {value!r}")
-    if not isinstance(keep, float | int | None):
-        raise TypeError(f"search: keep must be a number, got {keep!r}")
-    if not 1 <= top_n <= 16:
-        raise ValueError(f"search: top_n must be from 1 to 16, got {top_n}")
-    if keep is not None and not 0 < keep <= 1:
-        raise ValueError(f"search: keep must be in (0, 1], got {keep}")
-    if audit < 0:
-        raise ValueError(f"search: audit must be at least 0, got {audit}")
-    if strategy == "exhaustive" and (audit or keep is not None):
-        raise ValueError('search: keep and audit go with strategy="screened"')
-
-
-def _sam_of(model: Any) -> "Sam":
-    from segment_anything.modeling import Sam
-
-    sam = unwrapped(model.sam if isinstance(model, AdaptedSam) else model)
-    if not isinstance(sam, Sam):
-        raise TypeError(
-            "search: without a score_fn, model must be a Sam or an AdaptedSam,"
-            f" got {type(model).__name__}"
-        )
-    for name, parameter in sam.named_parameters():
-        if parameter.dtype in (torch.float16, torch.bfloat16):
-            raise TypeError(f"search: the model must be in float32, {name} is in {parameter.dtype}")
-    return sam
-
-
-def _check_encoder(model: Any) -> None:
-    if not callable(model):
-        raise TypeError(f"search: model must be an encoder, got a {type(model).__name__}")
-    if any(hasattr(module, "mask_decoder") for module in modules_of(model)):
-        raise TypeError(
-            "search: with a score_fn, model must give features; of a Sam take the image_encoder"
-        )
-
-
-def _check_modules(modules: Sequence[nn.Module], strategy: str) -> None:
-    # Told by its buffer's name: segment_anything need not be installed for another encoder.
-    if any(hasattr(module, "channel_pairs") for module in modules):
-        raise ValueError("search: the model has a channel map; remove it first")
-    parameters = (p for module in modules for p in module.parameters(recurse=False))
-    if strategy == "screened" and any(p.is_inference() for p in parameters):
-        raise ValueError(
-            'search: strategy="screened" takes gradients, but the model was made under'
-            " inference_mode"
-        )
 
 
 @contextmanager
