@@ -42,11 +42,15 @@ def sets_of_pairs(count):
     return sets
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("sequential", [False, True])
 @pytest.mark.parametrize("images", [lesions, scenes])
-def test_scores_equal_the_plain_loop(images, sequential):
+def test_scores_equal_the_plain_loop(images, sequential, device, monkeypatch):
     """Image by image."""
-    sam, sets = vfmk.load_sam("tiny"), sets_of_pairs(30)
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no NVIDIA GPU is visible")
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    sam, sets = vfmk.load_sam("tiny").to(device), sets_of_pairs(30)
     for sample in images(2):
         scoring = Scoring(SamScorer(sam), [sample], Records(None, {}, 1, sequential), False)
         actual = torch.tensor(scoring.score(sets, scoring.report("", 0)), dtype=torch.float64)

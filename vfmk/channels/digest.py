@@ -2,9 +2,9 @@
 
 Values, tensors, arrays, containers and objects count by all that they hold. A function counts by
 its code, its defaults and the variables outside it that it reads; a module by its parameters,
-buffers, plain attributes and the code of its class. Of that code only what stands in the same
-Python module as the function or class given counts, and what has no name to import it by; all
-else, of libraries above all, counts by its name.
+buffers, plain attributes and the code of its class. But of functions and classes that do not stand
+in the same Python module as the one given, above all those of libraries, only the name counts; of
+functions made within others, which have none, the code and what they close over.
 """
 
 import dis
@@ -157,15 +157,18 @@ class _Digest:
                     yield from self._parts(function, f"{place}.{name}")
 
     def _function(self, function: FunctionType, place: str) -> Iterator[Any]:
-        if function.__module__ != self.own and "<" not in function.__qualname__:  # no <lambda>
+        is_own = function.__module__ == self.own
+        if not is_own and "<" not in function.__qualname__:  # not within a function, no <lambda>
             yield _name_of(function).encode()
             return
-        yield from self._code(function.__code__, place)
+        code = function.__code__
+        yield from self._code(code, place)
         yield from self._parts([function.__defaults__, function.__kwdefaults__], place)
-        names = sorted(_globals_read(function.__code__) & function.__globals__.keys())
-        around = {name: function.__globals__[name] for name in names}
-        cells = function.__closure__ or ()
-        for name, cell in zip(function.__code__.co_freevars, cells, strict=True):
+        around = {}
+        if is_own:
+            names = sorted(_globals_read(code) & function.__globals__.keys())
+            around = {name: function.__globals__[name] for name in names}
+        for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
             try:
                 around[name] = cell.cell_contents
             except ValueError:  # not yet assigned
