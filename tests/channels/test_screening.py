@@ -184,10 +184,10 @@ def test_a_promise_that_is_not_finite_is_an_error():
         explore(race, features, groups, [(0, 1), (1, 2)], top=2, samples=5, budget=100)
 
 
-@pytest.mark.parametrize("seed", [1, 4, 6])
+@pytest.mark.parametrize("seed", [0, 4, 6])
 def test_a_tenth_of_the_passes_finds_a_classifiers_candidates(seed):
-    """Of 64 channels that are mixtures of 12, read by a head that has the labels half wrong. Of the
-    seeds 0 to 19 two miss one candidate of ten (4 and 6), and one the best subset (0: by 0.005)."""
+    """Of 64 channels that are mixtures of 12, read by a head that errs. Of the seeds 0 to 39 these
+    (4 and 6) miss one candidate of ten, 24 misses two and the best subset by 0.014."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*size):

@@ -21,7 +21,7 @@ class Race:
 
     Args:
         sets: the pairs of a candidate.
-        first_order: the gain of K candidates on each sample to first order, float64 [K, n].
+        first_order: the gain of K candidates on each sample to first order, float64 [K, n], or 0.
     """
 
     def __init__(

@@ -66,23 +66,23 @@ def screened_subsets(
     limit: int,
 ) -> dict[PairSet, float]:
     """Scores of promising subsets, as many as `limit` would cost: the single candidates come first.
-    Subsets that differ in few pairs gain alike; the estimate is the sum of their pairs' gains."""
+    Subsets that differ in few pairs gain alike; the estimate is the sum of their pairs' gains. On a
+    single sample that says little, and the first order less: they are raced without a control."""
     sets = [(), *subsets]
     members = torch.tensor([[pair in pairs for pair in candidates] for pairs in sets]).double()
     overwritten, read = torch.tensor(candidates).unbind(1)
-    first_order = scoring.first_order_gains[:, overwritten, read].double()  # [n, N]
+    samples = len(scoring.features)
 
-    def of_subsets(places: Sequence[Place]) -> Tensor:
-        return members[[number for _, number in places]] @ first_order.T
+    def no_control(places: Sequence[Place]) -> Tensor:
+        return torch.zeros(len(places), samples, dtype=torch.float64)
 
     def distances(points: Tensor) -> Tensor:  # a median pair of subsets differs in half the pairs
         return torch.cdist(members, members[points], p=1) / (len(candidates) / 2)
 
     estimates = members @ (singles[overwritten, read] - baseline)
-    samples = len(scoring.features)
     report = scoring.report("subsets", limit)
     gains = explore(
-        Race(scoring, lambda place: sets[place[1]], of_subsets, report),
+        Race(scoring, lambda place: sets[place[1]], no_control, report),
         estimates[None, :, None],
         [Group(distances, 0)],
         [(0, number) for number in range(1, len(candidates) + 1)],
