@@ -34,6 +34,7 @@ class Implementation(NamedTuple):
 
 
 _operators: dict[str, dict[str, Implementation]] = {}
+_native_kernels: dict[tuple[Any, ...], Callable[..., Any] | None] = {}
 _forced = os.environ.get("VFMK_BACKEND") or None
 
 
@@ -87,25 +88,17 @@ def kernel(operator: str, name: str, *args: Any) -> Callable[..., Any]:
     raise BackendError(f"{operator}: {wanted}\n  " + "\n  ".join(reasons))
 
 
-def native_at_once(operator: str, name: str, tensor: Tensor) -> Callable[..., Any] | None:
-    """The function `name` of the native library, where that is what runs `operator` on `tensor`'s
-    device: no other backend comes before it, and none else is asked for by name."""
-    backend = "cuda" if tensor.is_cuda else "cpu"
-    if _forced not in (None, backend):
-        return None
-    return _native_function(operator, name, backend, _forced is not None)
-
-
-@functools.cache
-def _native_function(
-    operator: str, name: str, backend: str, forced: bool
-) -> Callable[..., Any] | None:
-    triton_comes_first = backend == "cpu" and interpreted() and not forced
-    if _missing(operator, backend) or triton_comes_first:
-        return None
-    # The op's own function, without the Python around it.
-    function: Callable[..., Any] = getattr(torch.ops.vfmk_native, f"{operator}_{name}").default._op
-    return function
+def native_kernel(operator: str, name: str, tensor: Tensor) -> Callable[..., Any] | None:
+    """The kernel `name` of the native library, where `kernel` would take that for every call whose
+    first tensor has `tensor`'s device and dtype. Looked for once."""
+    facts = operator, name, tensor.is_cpu, tensor.is_cuda, tensor.dtype, _forced
+    try:
+        return _native_kernels[facts]
+    except KeyError:
+        allowed = (_forced,) if _forced else BACKENDS
+        chosen = next((b for b in allowed if not _reason(operator, b, (tensor,))), None)
+        native = _kernels(operator, chosen)[name] if chosen in ("cuda", "cpu") else None
+        return _native_kernels.setdefault(facts, native)
 
 
 def _reason(operator: str, backend: str, args: tuple[Any, ...]) -> str:
@@ -202,7 +195,8 @@ def native(
 
     def load() -> dict[str, Callable[..., Any]]:
         namespace = torch.ops.vfmk_native
-        return {name: getattr(namespace, f"{operator}_{name}").default for name in names}
+        # The ops' own functions, without the Python around them.
+        return {name: getattr(namespace, f"{operator}_{name}").default._op for name in names}
 
     return Implementation(not_supported, load)
 
