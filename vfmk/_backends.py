@@ -9,7 +9,7 @@ import functools
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -78,12 +78,10 @@ def use_backend(name: str) -> Iterator[None]:
 
 def kernel(operator: str, name: str, *args: Any) -> Callable[..., Any]:
     """The kernel `name` ("forward", "backward") of the backend that is to run `args`."""
-    forced = _forced
-    allowed = (_checked(forced, "VFMK_BACKEND"),) if forced else BACKENDS
-    for backend in allowed:
-        if not _reason(operator, backend, args):
-            return _kernels(operator, backend)[name]
-    wanted = f"the backend {forced!r} cannot run this call" if forced else "no backend can run it"
+    allowed = (_checked(_forced, "VFMK_BACKEND"),) if _forced else BACKENDS
+    if backend := _chosen(operator, allowed, args):
+        return _kernels(operator, backend)[name]
+    wanted = f"the backend {_forced!r} cannot run this call" if _forced else "no backend can run it"
     reasons = [f"{backend}: {_reason(operator, backend, args)}" for backend in allowed]
     raise BackendError(f"{operator}: {wanted}\n  " + "\n  ".join(reasons))
 
@@ -95,10 +93,13 @@ def native_kernel(operator: str, name: str, tensor: Tensor) -> Callable[..., Any
     try:
         return _native_kernels[facts]
     except KeyError:
-        allowed = (_forced,) if _forced else BACKENDS
-        chosen = next((b for b in allowed if not _reason(operator, b, (tensor,))), None)
-        native = _kernels(operator, chosen)[name] if chosen in ("cuda", "cpu") else None
+        backend = _chosen(operator, (_forced,) if _forced else BACKENDS, (tensor,))
+        native = _kernels(operator, backend)[name] if backend in ("cuda", "cpu") else None
         return _native_kernels.setdefault(facts, native)
+
+
+def _chosen(operator: str, allowed: Sequence[str], args: tuple[Any, ...]) -> str | None:
+    return next((name for name in allowed if not _reason(operator, name, args)), None)
 
 
 def _reason(operator: str, backend: str, args: tuple[Any, ...]) -> str:
