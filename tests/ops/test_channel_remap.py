@@ -1,6 +1,7 @@
 """channel_remap on every backend that runs here, against the float64 reference."""
 
 import functools
+import importlib
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 import vfmk
 from tests import operator_checks
 from tests.operator_checks import TARGETS, Call
+from vfmk.reference.channel_index import without_outside
 
 NAME = "channel_remap"
 # Sums of a few products (grad_input) and of a plane's (grad_scale) in fp32.
@@ -536,6 +538,31 @@ def test_index_out_of_range(device, layout):
         assert grad_input.isfinite().all()
         assert not grad_input[:, 1:3].any()
         assert grad_scale.isnan().tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_reference_where_nobody_looks_at_the_index(per_sample, monkeypatch):
+    """As on CUDA: nothing outside is read, NaN comes out."""
+    module = importlib.import_module("vfmk.reference.channel_remap")
+    monkeypatch.setattr(
+        module, "positions", lambda operator, index, channels: without_outside(index, channels)
+    )
+    (input, scale), index = arguments((2, 4, 5, 6), 3, per_sample=per_sample)
+    input[:, 0] = torch.inf  # what an index outside must not read by accident
+    index[..., 0], index[..., 1], index[..., 2] = 3, -1, 2**40
+    scale[..., 1] = torch.inf
+    with vfmk.use_backend("reference"):
+        output, grad_input, grad_scale = operator_checks.value_and_gradients(
+            call(index=index), (input, scale)
+        )
+    assert output[:, 1:].isnan().all()
+    assert output[:, 0].isfinite().all()
+    assert grad_input[:, 3].all()
+    assert not grad_input[:, :3].any()
+    assert (
+        grad_scale.isnan().tolist()
+        == torch.tensor([False, True, True]).expand(grad_scale.shape).tolist()
+    )
 
 
 INPUT, INDEX, SCALE = torch.zeros(2, 4, 5, 6), torch.zeros(4, dtype=torch.int64), torch.zeros(4)
