@@ -392,10 +392,16 @@ def test_views_are_read_in_place(device, size, dim, layout, copied, per_sample):
         with torch.profiler.profile() as profile:
             output = vfmk.ops.channel_remap(input, index, scale, dim=dim)
         assert ("aten::copy_" in {event.name for event in profile.events()}) == copied
-        on_meta = vfmk.ops.channel_remap(
-            input.to("meta").as_strided(input.shape, input.stride()), index.to("meta"), dim=dim
-        )
-        assert output.stride() == on_meta.stride()
+        on_meta = [t.to("meta").as_strided(t.shape, t.stride()) for t in (input, index, scale)]
+        expected = vfmk.ops.channel_remap(*on_meta, dim=dim)
+        assert output.stride() == expected.stride()
+        backward = torch.ops.vfmk.channel_remap_backward
+        rest = size[dim], dim % len(size), layout.startswith("channels"), (True, True)
+        for gradient, like in zip(
+            backward(output, input, index, scale, *rest), backward(expected, *on_meta, *rest),
+            strict=True,
+        ):  # fmt: skip
+            assert gradient.stride() == like.stride()
 
 
 @pytest.mark.parametrize("device", ON_DEVICES)
