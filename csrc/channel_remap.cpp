@@ -1,11 +1,12 @@
-// The PyTorch boundary of channel_remap: tensors become the plain data of the header. For `forward`
-// and `backward` vfmk/ops/channel_remap.py has checked every argument, allocated every output and
-// viewed them as planes; `at_once` and `gradients_at_once` do so themselves, by the same rules.
+// The PyTorch boundary of channel_remap: tensors as the user has them are checked, seen as the
+// plain data of the header (what no kernel reads in place is copied), and the results allocated,
+// all in one call: Python in between would take longer than many a kernel.
 #include "channel_remap.h"
 
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <tuple>
 
 #include "boundary.h"
 
@@ -40,71 +41,165 @@ namespace {
 
 constexpr const char* NAME = "channel_remap";
 
-// [N,C,rows,columns] of an activation.
+using Numbers = torch::headeronly::IntHeaderOnlyArrayRef;
+
+// Kernels count channels and maps in 32 bits; with fewer than these no product of theirs overflows.
+constexpr int64_t MOST = 1 << 30;
+
+bool on_the_same_device(const Tensor& one, const Tensor& other) {
+  return one.is_cpu() == other.is_cpu() && one.get_device_index() == other.get_device_index();
+}
+
+bool is_like(const Tensor& tensor, ScalarType dtype, const Tensor& other) {
+  return tensor.scalar_type() == dtype && on_the_same_device(tensor, other);
+}
+
+// Each other, and an activation with its channels in dimension `dim`.
+bool arguments_fit(const Tensor& activation, const Tensor& index, const MaybeTensor& scale,
+                   int64_t dim) {
+  const ScalarType dtype = activation.scalar_type();
+  if (dtype != ScalarType::Float && dtype != ScalarType::Half && dtype != ScalarType::BFloat16) {
+    return false;
+  }
+  if (dim < 0 || dim >= activation.dim() || !is_like(index, ScalarType::Long, activation)) {
+    return false;
+  }
+  if (index.dim() != 1 && index.dim() != 2) return false;
+  if (index.dim() == 2 && (dim == 0 || index.size(0) != activation.size(0))) return false;
+  return !scale || (is_like(*scale, dtype, activation) && scale->sizes().equals(index.sizes()));
+}
+
+// Neighbouring dimensions as one.
+struct Extent {
+  int64_t size = 1, stride = 0;
+};
+
+// Nothing if their strides do not allow it.
+std::optional<Extent> together(Numbers sizes, Numbers strides, int64_t begin, int64_t end) {
+  Extent all;
+  for (int64_t d = end - 1; d >= begin; --d) {
+    const int64_t size = sizes[d], stride = strides[d];
+    if (size == 0) return Extent{0, 0};
+    if (size == 1) continue;
+    if (all.size > 1 && stride != all.size * all.stride) return std::nullopt;
+    if (all.size == 1) all.stride = stride;
+    all.size *= size;
+  }
+  return all;
+}
+
+// An activation as the kernels see it, its channels aside.
 struct Planes {
-  int64_t samples, channels, rows, columns;
+  int64_t samples, rows, columns;
   Strides strides;
 };
 
-Planes planes(const Tensor& tensor) {
-  return {tensor.size(0), tensor.size(1), tensor.size(2), tensor.size(3), strides(tensor)};
+// Of a view that kernels read in place: samples are the dimensions before the channels, and columns
+// the last one after them. Where no dimension is after them, samples are the first one.
+std::optional<Planes> planes_in_place(const Tensor& tensor, int64_t dim, bool channels_last) {
+  const Numbers sizes = tensor.sizes(), strides = tensor.strides();
+  const int64_t last = tensor.dim() - 1;
+  const int64_t before = dim < last ? dim : std::min<int64_t>(1, last);
+  const int64_t first = dim < last ? dim + 1 : before;
+  const int64_t end = dim < last ? last + 1 : last;
+  const int64_t column = std::max(end - 1, first);
+  const auto samples = together(sizes, strides, 0, before);
+  auto rows = together(sizes, strides, first, column);
+  auto columns = together(sizes, strides, column, end);
+  if (!samples || !rows || !columns) return std::nullopt;
+  const Extent innermost = channels_last ? Extent{sizes[dim], strides[dim]} : *columns;
+  if (innermost.size > 1 && innermost.stride != 1) return std::nullopt;
+  // A single one's is any: that with which it merges.
+  if (rows->size == 1) rows->stride = samples->stride;
+  if (columns->size == 1) columns->stride = rows->stride;
+  return Planes{samples->size, rows->size, columns->size,
+                Strides{samples->stride, strides[dim], rows->stride, columns->stride}};
 }
 
-// `output` is the output or grad_output.
-Problem describe(DType dtype, const Planes& output, int64_t maps, int64_t input_channels,
-                 bool channels_last) {
+// Dense: the channels innermost or where they stand, as _empty in vfmk/ops/channel_remap.py gives.
+std::vector<int64_t> dense_strides(Numbers sizes, int64_t dim, bool channels_last) {
+  std::vector<int64_t> strides(sizes.size());
+  int64_t step = channels_last ? std::max<int64_t>(sizes[dim], 1) : 1;
+  for (auto d = static_cast<int64_t>(sizes.size()) - 1; d >= 0; --d) {
+    if (channels_last && d == dim) continue;
+    strides[d] = step;
+    step *= std::max<int64_t>(sizes[d], 1);
+  }
+  if (channels_last) strides[dim] = 1;
+  return strides;
+}
+
+std::vector<int64_t> sizes_with(int64_t channels, const Tensor& tensor, int64_t dim) {
+  std::vector<int64_t> sizes = tensor.sizes().vec();
+  sizes[dim] = channels;
+  return sizes;
+}
+
+Tensor empty(const std::vector<int64_t>& sizes, int64_t dim, bool channels_last,
+             const Tensor& like) {
+  return empty_strided(sizes, dense_strides(sizes, dim, channels_last), raw_dtype(like), like);
+}
+
+Tensor dense_copy(const Tensor& tensor, int64_t dim, bool channels_last) {
+  Tensor copy = empty(tensor.sizes().vec(), dim, channels_last, tensor);
+  return torch::stable::copy_(copy, tensor);
+}
+
+bool is_dense(const Tensor& tensor, int64_t dim, bool channels_last) {
+  const Numbers sizes = tensor.sizes(), strides = tensor.strides();
+  const std::vector<int64_t> dense = dense_strides(sizes, dim, channels_last);
+  for (size_t d = 0; d < sizes.size(); ++d) {
+    if (sizes[d] > 1 && strides[d] != dense[d]) return false;
+  }
+  return true;
+}
+
+// The planes of `tensor`, or of the copy that takes its place.
+Planes planes(Tensor& tensor, int64_t dim, bool channels_last) {
+  if (const auto found = planes_in_place(tensor, dim, channels_last)) return *found;
+  tensor = dense_copy(tensor, dim, channels_last);
+  return planes_in_place(tensor, dim, channels_last).value();
+}
+
+Tensor as_contiguous(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
+// Without strides.
+Problem describe(const Tensor& activation, const Planes& planes, const Tensor& index,
+                 int64_t input_channels, bool channels_last) {
   Problem problem{};
-  problem.dtype = dtype;
+  problem.dtype = dtype_of(activation, NAME);
   problem.channels_last = channels_last;
-  problem.maps = maps;
-  problem.samples = maps > 0 ? output.samples / maps : 0;
+  problem.maps = index.dim() == 2 ? index.size(0) : 1;
   problem.input_channels = input_channels;
-  problem.output_channels = output.channels;
-  problem.rows = output.rows;
-  problem.columns = output.columns;
-  problem.output = output.strides;
+  problem.output_channels = index.size(index.dim() - 1);
+  problem.rows = planes.rows;
+  problem.columns = planes.columns;
+  const bool pixels = planes.rows > 0 && planes.columns > 0;
+  problem.samples = pixels && problem.maps > 0 ? planes.samples / problem.maps : 0;
+  STD_TORCH_CHECK(input_channels >= 0, NAME, ": a negative number of channels");
+  STD_TORCH_CHECK(std::max({problem.maps, problem.input_channels, problem.output_channels}) <= MOST,
+                  NAME, ": more than 2^30 channels or maps");
   return problem;
 }
 
-Problem with_input(Problem problem, const Strides& input) {
-  problem.input = input;
-  merge_rows(problem, {&problem.input, &problem.output});
-  return problem;
+// Of what `empty` gives.
+Strides dense(const Problem& problem, int64_t channels) {
+  const int64_t pixels = problem.rows * problem.columns;
+  if (problem.channels_last) return {pixels * channels, 1, problem.columns * channels, channels};
+  return {channels * pixels, pixels, problem.columns, 1};
 }
 
-Problem with_gradients(Problem problem, const Strides& input, const Strides& grad_input) {
-  problem.input = input;
-  problem.grad_input = grad_input;
-  merge_rows(problem, {&problem.output, &problem.input, &problem.grad_input});
-  return problem;
-}
-
-Problem describe_forward(const Tensor& input, const Tensor& index, const MaybeTensor& scale,
-                         bool channels_last, const Tensor& output) {
-  check_arguments(NAME, output.scalar_type(),
-                  {{"input", input, activation_layout(channels_last)},
-                   {"scale", scale, Layout::contiguous},
-                   {"output", output, Layout::packed}});
-  check_arguments(NAME, ScalarType::Long, {{"index", index, Layout::contiguous}});
-  return with_input(
-      describe(dtype_of(output, NAME), planes(output), index.size(0), input.size(1), channels_last),
-      strides(input));
-}
-
-Problem describe_backward(const Tensor& grad_output, const MaybeTensor& input, const Tensor& index,
-                          const MaybeTensor& scale, int64_t input_channels, bool channels_last,
-                          const MaybeTensor& grad_input, const MaybeTensor& grad_scale) {
-  check_arguments(NAME, grad_output.scalar_type(),
-                  {{"grad_output", grad_output, Layout::packed},
-                   {"input", input, activation_layout(channels_last)},
-                   {"scale", scale, Layout::contiguous},
-                   {"grad_input", grad_input, Layout::packed},
-                   {"grad_scale", grad_scale, Layout::contiguous}});
-  check_arguments(NAME, ScalarType::Long, {{"index", index, Layout::contiguous}});
-  return with_gradients(describe(dtype_of(grad_output, NAME), planes(grad_output), index.size(0),
-                                 input_channels, channels_last),
-                        strides(input.value_or(grad_output)),  // for none, what merges alike
-                        strides(grad_input.value_or(grad_output)));
+// Rows, and with one map samples, that follow one another without a gap in every activation.
+void merge(Problem& problem, std::initializer_list<Strides*> activations) {
+  merge_rows(problem, activations);
+  if (!problem.channels_last || problem.maps != 1 || problem.rows != 1) return;
+  for (const Strides* strides : activations) {
+    if (strides->batch != problem.columns * strides->column) return;
+  }
+  problem.columns *= problem.samples;
+  problem.samples = 1;
 }
 
 // What the two devices do differently.
@@ -144,184 +239,58 @@ void launch_backward_cuda(const Problem& problem, Backward arguments, const Tens
 
 #endif
 
+// Nothing for arguments that do not fit: Python then says what is wrong with them.
 template <Launch launch>
-void forward(Tensor input, Tensor index, MaybeTensor scale, bool channels_last, Tensor output) {
-  launch(describe_forward(input, index, scale, channels_last, output),
-         {input.const_data_ptr(), positions(index), data(scale), output.mutable_data_ptr()}, input,
-         index);
-}
-
-template <LaunchBackward launch>
-void backward(Tensor grad_output, MaybeTensor input, Tensor index, MaybeTensor scale,
-              int64_t input_channels, bool channels_last, MaybeTensor grad_input,
-              MaybeTensor grad_scale) {
-  launch(describe_backward(grad_output, input, index, scale, input_channels, channels_last,
-                           grad_input, grad_scale),
-         {grad_output.const_data_ptr(), data(input), positions(index), data(scale),
-          mutable_data(grad_input), mutable_data(grad_scale), nullptr},
-         grad_output, index);
-}
-
-// The same on tensors as the user has them, checked and allocated here. Where one is not as these
-// kernels read it, or is wrong, there is no result: Python then copies it, or says what is wrong.
-
-bool on_the_same_device(const Tensor& one, const Tensor& other) {
-  return one.is_cpu() == other.is_cpu() && one.get_device_index() == other.get_device_index();
-}
-
-bool is_dtype_of_kernels(ScalarType dtype) {
-  return dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16;
-}
-
-bool is_like(const Tensor& tensor, ScalarType dtype, const Tensor& other) {
-  return tensor.scalar_type() == dtype && on_the_same_device(tensor, other);
-}
-
-// Each other, and an activation with its channels in dimension `dim`.
-bool index_and_scale_fit(const Tensor& activation, const Tensor& index, const MaybeTensor& scale,
-                         int64_t dim) {
-  if (!is_like(index, ScalarType::Long, activation) || !index.is_contiguous()) return false;
-  if (index.dim() != 1 && index.dim() != 2) return false;
-  if (index.dim() == 2 && (dim == 0 || index.size(0) != activation.size(0))) return false;
-  if (!scale) return true;
-  if (!is_like(*scale, activation.scalar_type(), activation) || !scale->is_contiguous()) {
-    return false;
-  }
-  if (scale->dim() != index.dim()) return false;
-  for (int64_t d = 0; d < index.dim(); ++d) {
-    if (scale->size(d) != index.size(d)) return false;
-  }
-  return true;
-}
-
-using Numbers = std::vector<int64_t>;
-
-// Of a dense tensor with its channels, in dimension `dim`, innermost or where they stand: what
-// _empty in vfmk/ops/channel_remap.py gives.
-Numbers dense_strides(const Numbers& sizes, int64_t dim, bool channels_last) {
-  Numbers strides(sizes.size());
-  int64_t step = 1;
-  if (channels_last) {
-    strides[dim] = 1;
-    step = std::max<int64_t>(sizes[dim], 1);
-  }
-  for (int64_t d = static_cast<int64_t>(sizes.size()) - 1; d >= 0; --d) {
-    if (channels_last && d == dim) continue;
-    strides[d] = step;
-    step *= std::max<int64_t>(sizes[d], 1);
-  }
-  return strides;
-}
-
-// The planes of a tensor of `sizes` and `strides`, as _planes in vfmk/ops/channel_remap.py where
-// that takes no copy: its own dimensions, if those are four and channels the second; else what is
-// before the channels and after them runs together, if the tensor is dense. A map for each sample
-// keeps dimension 0 apart.
-std::optional<Planes> planes_in_place(const Numbers& sizes, const Numbers& strides, int64_t dim,
-                                      bool per_sample, bool channels_last) {
-  const auto last = static_cast<int64_t>(sizes.size()) - 1;
-  if (last == 3 && dim == 1) {
-    const int64_t innermost = channels_last ? 1 : 3;
-    if (strides[innermost] != 1 && sizes[innermost] != 1) return std::nullopt;
-    return Planes{sizes[0], sizes[1], sizes[2], sizes[3],
-                  Strides{strides[0], strides[1], strides[2], strides[3]}};
-  }
-  if (channels_last && dim != last) return std::nullopt;
-  const Numbers dense = dense_strides(sizes, dim, channels_last);
-  for (int64_t d = 0; d <= last; ++d) {
-    if (sizes[d] != 1 && strides[d] != dense[d]) return std::nullopt;
-  }
-  const auto product = [&](int64_t begin, int64_t end) {
-    int64_t result = 1;
-    for (int64_t d = begin; d < end; ++d) result *= sizes[d];
-    return result;
-  };
-  const int64_t channels = sizes[dim];
-  if (dim == last) {
-    const int64_t samples = per_sample ? sizes[0] : 1;
-    const int64_t pixels = product(per_sample ? 1 : 0, dim);
-    return Planes{samples, channels, 1, pixels,
-                  Strides{pixels * channels, 1, pixels * channels, channels}};
-  }
-  const int64_t rows = product(dim + 1, last), columns = sizes[last], plane = rows * columns;
-  return Planes{product(0, dim), channels, rows, columns,
-                Strides{channels * plane, plane, columns, 1}};
-}
-
-Numbers sizes_of(const Tensor& tensor) {
-  const auto sizes = tensor.sizes();
-  return {sizes.begin(), sizes.end()};
-}
-
-Numbers strides_of(const Tensor& tensor) {
-  const auto strides = tensor.strides();
-  return {strides.begin(), strides.end()};
-}
-
-template <Launch launch>
-MaybeTensor at_once(Tensor input, Tensor index, MaybeTensor scale, int64_t dim) {
+MaybeTensor forward(Tensor input, Tensor index, MaybeTensor scale, int64_t dim) {
   const int64_t last = input.dim() - 1;
   if (dim < 0) dim += last + 1;
-  if (dim < 0 || dim > last || !is_dtype_of_kernels(input.scalar_type()) ||
-      !index_and_scale_fit(input, index, scale, dim)) {
-    return std::nullopt;
-  }
-  const Numbers strides = strides_of(input);
-  Numbers sizes = sizes_of(input);
-  const bool channels_last = dim == last || (strides[dim] == 1 && strides[last] != 1);
-  const bool per_sample = index.dim() == 2;
-  const auto from = planes_in_place(sizes, strides, dim, per_sample, channels_last);
-  if (!from) return std::nullopt;
-  sizes[dim] = index.size(index.dim() - 1);
-  const Numbers output_strides = dense_strides(sizes, dim, channels_last);
-  const auto to = planes_in_place(sizes, output_strides, dim, per_sample, channels_last);
-  Tensor output = empty_strided(sizes, output_strides, raw_dtype(input), input);
-  launch(with_input(describe(dtype_of(input, NAME), *to, per_sample ? index.size(0) : 1,
-                             from->channels, channels_last),
-                    from->strides),
+  if (!arguments_fit(input, index, scale, dim)) return std::nullopt;
+  const bool channels_last = dim == last || (input.stride(dim) == 1 && input.stride(last) != 1);
+  const Planes from = planes(input, dim, channels_last);
+  index = as_contiguous(index);
+  if (scale) scale = as_contiguous(*scale);
+  Problem problem = describe(input, from, index, input.size(dim), channels_last);
+  Tensor output = empty(sizes_with(problem.output_channels, input, dim), dim, channels_last, input);
+  problem.input = from.strides;
+  problem.output = dense(problem, problem.output_channels);
+  merge(problem, {&problem.input, &problem.output});
+  launch(problem,
          {input.const_data_ptr(), positions(index), data(scale), output.mutable_data_ptr()}, input,
          index);
   return output;
 }
 
-// Both gradients, empty if not wanted, or neither. `input` is read for that of the scale.
+// Both gradients, empty if not wanted. `input` is read for that of the scale.
 template <LaunchBackward launch>
-std::vector<Tensor> gradients_at_once(Tensor grad_output, MaybeTensor input, Tensor index,
-                                      MaybeTensor scale, int64_t input_channels, int64_t dim,
-                                      bool channels_last, bool input_wanted, bool scale_wanted) {
-  if (dim < 0 || dim >= grad_output.dim() || !is_dtype_of_kernels(grad_output.scalar_type()) ||
-      !index_and_scale_fit(grad_output, index, scale, dim) ||
-      index.size(index.dim() - 1) != grad_output.size(dim)) {
-    return {};
+std::tuple<Tensor, Tensor> backward(Tensor grad_output, MaybeTensor input, Tensor index,
+                                    MaybeTensor scale, int64_t input_channels, int64_t dim,
+                                    bool channels_last, bool input_wanted, bool scale_wanted) {
+  STD_TORCH_CHECK(arguments_fit(grad_output, index, scale, dim) &&
+                      grad_output.size(dim) == index.size(index.dim() - 1),
+                  NAME, ": grad_output, index and scale do not fit");
+  channels_last |= dim == grad_output.dim() - 1;
+  // Always in one order, whatever its strides: so are the sums.
+  if (!is_dense(grad_output, dim, channels_last)) {
+    grad_output = dense_copy(grad_output, dim, channels_last);
   }
-  Numbers sizes = sizes_of(grad_output);
-  const bool per_sample = index.dim() == 2;
-  const Numbers strides = dense_strides(sizes, dim, channels_last);
-  for (size_t d = 0; d < sizes.size(); ++d) {
-    if (sizes[d] != 1 && grad_output.stride(d) != strides[d]) return {};
-  }
-  const auto from = planes_in_place(sizes, strides, dim, per_sample, channels_last);
-  sizes[dim] = input_channels;
-  const Numbers input_strides = dense_strides(sizes, dim, channels_last);
-  const auto to = planes_in_place(sizes, input_strides, dim, per_sample, channels_last);
-  auto of_input = to;
+  const Planes from = planes(grad_output, dim, channels_last);
+  index = as_contiguous(index);
+  if (scale) scale = as_contiguous(*scale);
+  Problem problem = describe(grad_output, from, index, input_channels, channels_last);
+  problem.output = from.strides;
+  problem.input = problem.grad_input = dense(problem, input_channels);
+  const std::vector<int64_t> sizes = sizes_with(input_channels, grad_output, dim);
   if (scale_wanted) {
-    if (!scale || !input || !is_like(*input, grad_output.scalar_type(), grad_output) ||
-        sizes_of(*input) != sizes) {
-      return {};
-    }
-    of_input = planes_in_place(sizes, strides_of(*input), dim, per_sample, channels_last);
+    STD_TORCH_CHECK(scale && input && is_like(*input, grad_output.scalar_type(), grad_output) &&
+                        input->sizes().equals(sizes),
+                    NAME, ": input and grad_output do not fit");
+    problem.input = planes(*input, dim, channels_last).strides;
   }
-  if (!from || !to || !of_input) return {};
-  const int32_t dtype = raw_dtype(grad_output);
-  const Tensor empty = empty_strided({0}, {1}, dtype, grad_output);
-  const Tensor grad_input =
-      input_wanted ? empty_strided(sizes, input_strides, dtype, grad_output) : empty;
-  const Tensor grad_scale =
-      scale_wanted ? empty_strided(sizes_of(index), strides_of(index), dtype, grad_output) : empty;
-  launch(with_gradients(describe(dtype_of(grad_output, NAME), *from, per_sample ? index.size(0) : 1,
-                                 input_channels, channels_last),
-                        of_input->strides, to->strides),
+  merge(problem, {&problem.output, &problem.input, &problem.grad_input});
+  const Tensor none = empty({0}, 0, false, grad_output);
+  const Tensor grad_input = input_wanted ? empty(sizes, dim, channels_last, grad_output) : none;
+  const Tensor grad_scale = scale_wanted ? empty(index.sizes().vec(), 0, false, grad_output) : none;
+  launch(problem,
          {grad_output.const_data_ptr(), scale_wanted ? data(input) : nullptr, positions(index),
           data(scale), mutable_data(grad_input), mutable_data(grad_scale), nullptr},
          grad_output, index);
@@ -332,26 +301,17 @@ std::vector<Tensor> gradients_at_once(Tensor grad_output, MaybeTensor input, Ten
 }  // namespace vfmk::channel_remap
 
 STABLE_TORCH_LIBRARY_FRAGMENT(vfmk_native, m) {
-  m.def(
-      "channel_remap_forward(Tensor input, Tensor index, Tensor? scale, bool channels_last, "
-      "Tensor(a!) output) -> ()");
+  m.def("channel_remap_forward(Tensor input, Tensor index, Tensor? scale, int dim) -> Tensor?");
   m.def(
       "channel_remap_backward(Tensor grad_output, Tensor? input, Tensor index, Tensor? scale, "
-      "int input_channels, bool channels_last, Tensor(a!)? grad_input, Tensor(b!)? grad_scale) "
-      "-> ()");
-  m.def("channel_remap_at_once(Tensor input, Tensor index, Tensor? scale, int dim) -> Tensor?");
-  m.def(
-      "channel_remap_gradients_at_once(Tensor grad_output, Tensor? input, Tensor index, "
-      "Tensor? scale, int input_channels, int dim, bool channels_last, bool input_wanted, "
-      "bool scale_wanted) -> Tensor[]");
+      "int input_channels, int dim, bool channels_last, bool input_wanted, bool scale_wanted) "
+      "-> (Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vfmk_native, CPU, m) {
   using namespace vfmk::channel_remap;
   m.impl("channel_remap_forward", TORCH_BOX(&forward<launch_cpu>));
   m.impl("channel_remap_backward", TORCH_BOX(&backward<launch_backward_cpu>));
-  m.impl("channel_remap_at_once", TORCH_BOX(&at_once<launch_cpu>));
-  m.impl("channel_remap_gradients_at_once", TORCH_BOX(&gradients_at_once<launch_backward_cpu>));
 }
 
 #if defined(VFMK_WITH_CUDA)
@@ -359,7 +319,5 @@ STABLE_TORCH_LIBRARY_IMPL(vfmk_native, CUDA, m) {
   using namespace vfmk::channel_remap;
   m.impl("channel_remap_forward", TORCH_BOX(&forward<launch_cuda>));
   m.impl("channel_remap_backward", TORCH_BOX(&backward<launch_backward_cuda>));
-  m.impl("channel_remap_at_once", TORCH_BOX(&at_once<launch_cuda>));
-  m.impl("channel_remap_gradients_at_once", TORCH_BOX(&gradients_at_once<launch_backward_cuda>));
 }
 #endif

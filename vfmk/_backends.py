@@ -9,7 +9,7 @@ import functools
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,6 +34,7 @@ class Implementation(NamedTuple):
 
 
 _operators: dict[str, dict[str, Implementation]] = {}
+_native_kernels: dict[tuple[Any, ...], Callable[..., Any] | None] = {}
 _forced = os.environ.get("VFMK_BACKEND") or None
 
 
@@ -77,35 +78,28 @@ def use_backend(name: str) -> Iterator[None]:
 
 def kernel(operator: str, name: str, *args: Any) -> Callable[..., Any]:
     """The kernel `name` ("forward", "backward") of the backend that is to run `args`."""
-    forced = _forced
-    allowed = (_checked(forced, "VFMK_BACKEND"),) if forced else BACKENDS
-    for backend in allowed:
-        if not _reason(operator, backend, args):
-            return _kernels(operator, backend)[name]
-    wanted = f"the backend {forced!r} cannot run this call" if forced else "no backend can run it"
+    allowed = (_checked(_forced, "VFMK_BACKEND"),) if _forced else BACKENDS
+    if backend := _chosen(operator, allowed, args):
+        return _kernels(operator, backend)[name]
+    wanted = f"the backend {_forced!r} cannot run this call" if _forced else "no backend can run it"
     reasons = [f"{backend}: {_reason(operator, backend, args)}" for backend in allowed]
     raise BackendError(f"{operator}: {wanted}\n  " + "\n  ".join(reasons))
 
 
-def native_at_once(operator: str, name: str, tensor: Tensor) -> Callable[..., Any] | None:
-    """The function `name` of the native library, where that is what runs `operator` on `tensor`'s
-    device: no other backend comes before it, and none else is asked for by name."""
-    backend = "cuda" if tensor.is_cuda else "cpu"
-    if _forced not in (None, backend):
-        return None
-    return _native_function(operator, name, backend, _forced is not None)
+def native_kernel(operator: str, name: str, tensor: Tensor) -> Callable[..., Any] | None:
+    """The kernel `name` of the native library, where `kernel` would take that for every call whose
+    first tensor has `tensor`'s device and dtype. Looked for once."""
+    facts = operator, name, tensor.is_cpu, tensor.is_cuda, tensor.dtype, _forced
+    try:
+        return _native_kernels[facts]
+    except KeyError:
+        backend = _chosen(operator, (_forced,) if _forced else BACKENDS, (tensor,))
+        native = _kernels(operator, backend)[name] if backend in ("cuda", "cpu") else None
+        return _native_kernels.setdefault(facts, native)
 
 
-@functools.cache
-def _native_function(
-    operator: str, name: str, backend: str, forced: bool
-) -> Callable[..., Any] | None:
-    triton_comes_first = backend == "cpu" and interpreted() and not forced
-    if _missing(operator, backend) or triton_comes_first:
-        return None
-    # The op's own function, without the Python around it.
-    function: Callable[..., Any] = getattr(torch.ops.vfmk_native, f"{operator}_{name}").default._op
-    return function
+def _chosen(operator: str, allowed: Sequence[str], args: tuple[Any, ...]) -> str | None:
+    return next((name for name in allowed if not _reason(operator, name, args)), None)
 
 
 def _reason(operator: str, backend: str, args: tuple[Any, ...]) -> str:
@@ -202,7 +196,8 @@ def native(
 
     def load() -> dict[str, Callable[..., Any]]:
         namespace = torch.ops.vfmk_native
-        return {name: getattr(namespace, f"{operator}_{name}").default for name in names}
+        # The ops' own functions, without the Python around them.
+        return {name: getattr(namespace, f"{operator}_{name}").default._op for name in names}
 
     return Implementation(not_supported, load)
 

@@ -1,6 +1,7 @@
 """channel_remap on every backend that runs here, against the float64 reference."""
 
 import functools
+import importlib
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 import vfmk
 from tests import operator_checks
 from tests.operator_checks import TARGETS, Call
+from vfmk.reference.channel_index import without_outside
 
 NAME = "channel_remap"
 # Sums of a few products (grad_input) and of a plane's (grad_scale) in fp32.
@@ -362,66 +364,140 @@ ON_DEVICES = [
 @pytest.mark.parametrize("device", ON_DEVICES)
 @pytest.mark.parametrize("per_sample", [False, True])
 @pytest.mark.parametrize(
-    ("size", "dim", "layout"),
+    ("size", "dim", "layout", "copied"),
     [
-        ((2, 6, 5, 7), 1, "contiguous"),
-        ((2, 6, 5, 7), 1, "channels_last"),
-        ((2, 6, 5, 7), 1, "channels_of_wider"),
-        ((2, 5, 7, 6), 3, "contiguous"),
-        ((2, 5, 6), -1, "contiguous"),
-        ((2, 5, 6, 7), 2, "contiguous"),
-        ((2, 3, 6, 5, 7), 2, "contiguous"),
+        ((2, 6, 5, 7), 1, "contiguous", False),
+        ((2, 6, 5, 7), 1, "channels_last", False),
+        ((2, 6, 5, 7), 1, "rows_of_wider", False),
+        ((2, 6, 5, 7), 1, "channels_of_wider", False),
+        ((2, 6, 5, 7), 1, "neither", True),
+        ((2, 5, 7, 6), 3, "contiguous", False),
+        ((2, 5, 7, 6), 3, "channels_of_wider", False),
+        ((2, 5, 7, 6), 3, "neither", True),
+        ((2, 5, 6), -1, "contiguous", False),
+        ((2, 5, 6), -1, "rows_of_wider", False),
+        ((2, 5, 6, 7), 2, "contiguous", False),
+        ((2, 5, 6, 7), 2, "rows_of_wider", True),
+        ((2, 3, 6, 5, 7), 2, "contiguous", False),
+        ((2, 3, 6, 5, 7), 2, "channels_last", False),
+        ((2, 6, 3, 5, 7), 1, "channels_of_wider", True),
+        ((2, 3, 1, 5, 7), 2, "neither", True),
     ],
 )
-def test_usual_tensors_take_one_native_call(device, size, dim, layout, per_sample):
-    """No result would be the answer for those that have to be copied or reshaped first."""
+def test_views_are_read_in_place(device, size, dim, layout, copied, per_sample):
     with operator_checks.target(NAME, device):
-        args, index = arguments(
+        (input, scale), index = arguments(
             size, 9, dim=dim, per_sample=per_sample, layout=layout, device=device
         )
-        input, scale = (operator_checks.preserving_leaf(arg) for arg in args)
-        expected = vfmk.ops.channel_remap(input, index, scale, dim=dim)
-        grad_output = torch.randn_like(expected)
-        gradients = torch.autograd.grad(expected, (input, scale), grad_output)
-        input, scale = args
-        native = vfmk._backends.native_at_once(NAME, "at_once", input)
-        output = native(input, index, scale, dim)
-        assert torch.equal(output, expected)
+        with torch.profiler.profile() as profile:
+            output = vfmk.ops.channel_remap(input, index, scale, dim=dim)
+        assert ("aten::copy_" in {event.name for event in profile.events()}) == copied
+        on_meta = [t.to("meta").as_strided(t.shape, t.stride()) for t in (input, index, scale)]
+        expected = vfmk.ops.channel_remap(*on_meta, dim=dim)
         assert output.stride() == expected.stride()
-        assert native(input.double(), index, scale.double(), dim) is None
-        assert native(input, index, scale[..., 1:], dim) is None
-        assert native(input, index, scale, len(size)) is None
+        backward = torch.ops.vfmk.channel_remap_backward
+        rest = size[dim], dim % len(size), layout.startswith("channels"), (True, True)
+        for gradient, like in zip(
+            backward(output, input, index, scale, *rest), backward(expected, *on_meta, *rest),
+            strict=True,
+        ):  # fmt: skip
+            assert gradient.stride() == like.stride()
 
-        native = vfmk._backends.native_at_once(NAME, "gradients_at_once", input)
-        place = dim % len(size)
-        rest = size[dim], place, layout.startswith("channels") or place == len(size) - 1
 
-        for wanted in ((True, True), (True, False), (False, True)):
-            found = native(grad_output, input, index, scale, *rest, *wanted)
-            for gradient, want, one in zip(found, wanted, gradients, strict=True):
-                assert torch.equal(gradient, one) if want else gradient.numel() == 0
-            assert all(
-                gradient.stride() == one.stride()
-                for gradient, want, one in zip(found, wanted, gradients, strict=True)
-                if want
-            )
-        both = True, True
-        assert not native(grad_output[:1].expand_as(grad_output), input, index, scale, *rest, *both)
-        assert not native(grad_output.double(), input, index, scale.double(), *rest, *both)
-        assert not native(grad_output, input[..., 1:], index, scale, *rest, *both)
-        assert not native(grad_output, input, index[..., 1:], scale[..., 1:], *rest, *both)
+@pytest.mark.parametrize("device", ON_DEVICES)
+def test_what_a_native_call_must_not_read_it_refuses(device):
+    """Nobody but the native library has checked these arguments."""
+    with operator_checks.target(NAME, device):
+        (input, scale), index = arguments((2, 6, 5, 7), 9, device=device)
+        forward = torch.ops.vfmk_native.channel_remap_forward
+        fits = dict(input=input, index=index, scale=scale, dim=1)
+        assert torch.equal(forward(**fits), vfmk.ops.channel_remap(input, index, scale))
+        maps = index.expand(2, -1)
+        for wrong in (
+            {"input": input.double(), "scale": scale.double()},
+            {"input": input[0, 0, 0, 0]},
+            {"index": index.int()},
+            {"index": index[0]},
+            {"index": maps[:1], "scale": scale[None]},
+            {"index": maps, "scale": scale.expand(2, -1), "dim": 0},
+            {"scale": scale[1:]},
+            {"scale": scale[None]},
+            {"scale": scale.double()},
+            {"scale": scale.half()},
+            {"dim": 4},
+            {"dim": -5},
+        ):
+            assert forward(**fits | wrong) is None, wrong
+
+        backward = torch.ops.vfmk_native.channel_remap_backward
+        fits |= dict(
+            grad_output=torch.zeros(2, 9, 5, 7, device=device), input_channels=6,
+            channels_last=False, input_wanted=True, scale_wanted=True,
+        )  # fmt: skip
+        backward(**fits)
+        for wrong in (
+            {"grad_output": fits["grad_output"].double()},
+            {"grad_output": fits["grad_output"][:, 1:]},
+            {"index": index.int()},
+            {"scale": scale[1:]},
+            {"scale": None},
+            {"input": None},
+            {"input": input.half()},
+            {"input": input[..., 1:]},
+            {"input": input[:, 1:]},
+            {"input_channels": 7},
+            {"input_channels": -1, "scale_wanted": False},
+            {"input_channels": 2**62, "scale_wanted": False},
+            {"dim": 4},
+            {"dim": -3},
+        ):
+            with pytest.raises(RuntimeError):
+                backward(**fits | wrong)
+        # No such layout: channels at the end are innermost.
+        tokens, grad_output = input.movedim(1, 3), fits["grad_output"].movedim(1, 3)
+        for gradient, other in zip(
+            backward(**fits | dict(input=tokens, grad_output=grad_output, dim=3)),
+            backward(**fits),
+            strict=True,
+        ):
+            assert torch.equal(gradient, other.movedim(1, 3) if other.dim() == 4 else other)
+
+
+@pytest.mark.parametrize("device", ON_DEVICES)
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_strided_index_and_scale(device, per_sample):
+    with operator_checks.target(NAME, device):
+        (input, scale), index = arguments((2, 6, 5, 7), 8, per_sample=per_sample, device=device)
+        call_cut = call(index=index[..., ::2])
+        operator_checks.check_accuracy(call_cut, (input, scale[..., ::2]), FP32_LIMIT)
 
 
 @pytest.mark.parametrize("name", ["reference", "triton"])
-def test_another_backend_asked_for_is_not_passed_over(name, monkeypatch):
+def test_another_backend_asked_for_is_not_passed_over(name):
     (input, scale), index = arguments((2, 6, 5, 7), 9)
-    monkeypatch.setattr(vfmk._backends, "_native_function", None)
+    vfmk.ops.channel_remap(input, index, scale)
     with vfmk.use_backend(name):
+        assert vfmk._backends.native_kernel(NAME, "forward", input) is None
         if vfmk.backends()[NAME][name]:
             with pytest.raises(vfmk.BackendError):
                 vfmk.ops.channel_remap(input, index, scale)
         else:
             vfmk.ops.channel_remap(input, index, scale)
+
+
+@pytest.mark.parametrize("name", ["cpu", "cuda"])
+def test_the_native_library_asked_for_runs_or_says_why_not(name):
+    (input, scale), index = arguments((2, 6, 5, 7), 9)
+    with vfmk.use_backend(name):
+        for dtype in (torch.float64, torch.float32):
+            args = input.to(dtype), index, scale.to(dtype)
+            if name == "cpu" and dtype == torch.float32 and not vfmk.backends()[NAME][name]:
+                vfmk.ops.channel_remap(*args)
+                continue
+            with pytest.raises(vfmk.BackendError, match=f"'{name}' cannot run this call\n  {name}"):
+                vfmk.ops.channel_remap(*args)
+            with pytest.raises(TypeError, match="index must be int64"):  # before any backend
+                vfmk.ops.channel_remap(input, index.int(), scale)
 
 
 def test_an_index_that_changed_in_between_reads_nothing_outside():
@@ -468,6 +544,31 @@ def test_index_out_of_range(device, layout):
         assert grad_input.isfinite().all()
         assert not grad_input[:, 1:3].any()
         assert grad_scale.isnan().tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_reference_where_nobody_looks_at_the_index(per_sample, monkeypatch):
+    """As on CUDA: nothing outside is read, NaN comes out."""
+    module = importlib.import_module("vfmk.reference.channel_remap")
+    monkeypatch.setattr(
+        module, "positions", lambda operator, index, channels: without_outside(index, channels)
+    )
+    (input, scale), index = arguments((2, 4, 5, 6), 3, per_sample=per_sample)
+    input[:, 0] = torch.inf  # what an index outside must not read by accident
+    index[..., 0], index[..., 1], index[..., 2] = 3, -1, 2**40
+    scale[..., 1] = torch.inf
+    with vfmk.use_backend("reference"):
+        output, grad_input, grad_scale = operator_checks.value_and_gradients(
+            call(index=index), (input, scale)
+        )
+    assert output[:, 1:].isnan().all()
+    assert output[:, 0].isfinite().all()
+    assert grad_input[:, 3].all()
+    assert not grad_input[:, :3].any()
+    assert (
+        grad_scale.isnan().tolist()
+        == torch.tensor([False, True, True]).expand(grad_scale.shape).tolist()
+    )
 
 
 INPUT, INDEX, SCALE = torch.zeros(2, 4, 5, 6), torch.zeros(4, dtype=torch.int64), torch.zeros(4)

@@ -7,6 +7,7 @@ a gradient is wanted. All else (torch.compile, export, modes, transforms, tracer
 tensors and other subclasses) meets the custom op.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -29,10 +30,11 @@ from torch.compiler import is_compiling
 PLAIN_TYPES = (Tensor, nn.Parameter)
 # What the dispatcher may know of a plain tensor. Not that it is negative, zero, sparse, batched, …,
 # which it sees to itself.
-PLAIN_KEYS = 0
-for key in ("CPU", "CUDA", "AutogradCPU", "AutogradCUDA", "AutocastCPU", "AutocastCUDA"):
-    PLAIN_KEYS |= DispatchKeySet(getattr(DispatchKey, key)).raw_repr()
-PLAIN_KEYS |= DispatchKeySet(DispatchKey.ADInplaceOrView).raw_repr()
+_PLAIN = ("CPU", "CUDA", "AutogradCPU", "AutogradCUDA", "AutocastCPU", "AutocastCUDA")
+PLAIN_KEYS = functools.reduce(
+    DispatchKeySet.__or__,
+    [DispatchKeySet(getattr(DispatchKey, key)) for key in (*_PLAIN, "ADInplaceOrView")],
+).raw_repr()
 PRE_DISPATCH = DispatchKey.PreDispatch
 
 

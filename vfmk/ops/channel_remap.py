@@ -72,7 +72,7 @@ def channel_remap(
 
 def _at_once(input: Any, index: Any, scale: Any, dim: Any) -> Tensor | None:
     """From one call of the native library, which checks, allocates and computes; None if there is
-    more to do: a gradient, another backend, a copy, or a word on what is wrong.
+    more to do: a gradient, another backend, or a word on what is wrong.
 
     That call passes the dispatcher, so that fewer tensors are special than in an `Operator`."""
     plain = _operator.PLAIN_TYPES
@@ -95,7 +95,7 @@ def _at_once(input: Any, index: Any, scale: Any, dim: Any) -> Tensor | None:
         or scale.dtype is not input.dtype
     ):
         return None
-    native = _backends.native_at_once(NAME, "at_once", input)
+    native = _backends.native_kernel(NAME, "forward", input)
     return None if native is None else native(input, index, scale, dim)
 
 
@@ -118,8 +118,9 @@ def _check_index(input: Tensor, index: Tensor, dim: int) -> None:
 
 @_operator.define(NAME)
 def _forward(input: Tensor, index: Tensor, scale: Tensor | None, dim: int) -> Tensor:
-    native = _backends.native_at_once(NAME, "at_once", input)
-    if native is not None and (output := native(input, index, scale, dim)) is not None:
+    if native := _backends.native_kernel(NAME, "forward", input):
+        if (output := native(input, index, scale, dim)) is None:
+            raise RuntimeError(f"{NAME}: input, index, scale and dim do not fit")
         return output
     output, channels_last = _empty_output(input, index, scale, dim), _channels_last(input, dim)
     per_sample = index.dim() == 2
@@ -149,13 +150,8 @@ def _backward(
     channels_last: bool,
     wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor]:
-    native = _backends.native_at_once(NAME, "gradients_at_once", grad_output)
-    if native is not None and (
-        found := native(
-            grad_output, input, index, scale, input_channels, dim, channels_last, *wanted
-        )
-    ):
-        return found[0], found[1]
+    if native := _backends.native_kernel(NAME, "backward", grad_output):
+        return native(grad_output, input, index, scale, input_channels, dim, channels_last, *wanted)
     gradients = _empty_gradients(
         grad_output, input, index, scale, input_channels, dim, channels_last, wanted
     )

@@ -1,8 +1,9 @@
 """Channels read in another order and scaled, in plain PyTorch: gather, multiply."""
 
+import torch
 from torch import Tensor
 
-from vfmk.reference.channel_index import check_range
+from vfmk.reference.channel_index import positions
 from vfmk.reference.sums import dtype_of_sums
 
 
@@ -26,9 +27,12 @@ def forward(
     input: Tensor, index: Tensor, scale: Tensor | None, channels_last: bool, output: Tensor
 ) -> None:
     """Write `output`: [N, C', H, W] from [N, C, H, W]; index is [maps, C'], and maps divides N."""
-    check_range("channel_remap", index, input.shape[1])
+    index, outside = positions("channel_remap", index, input.shape[1])
     if output.numel():
         output.copy_(channel_remap(input, *_of_each_sample(output, index, scale)))
+    if outside is not None:
+        nowhere, _ = _of_each_sample(output, outside, None)
+        output.masked_fill_(nowhere[:, :, None, None], torch.nan)
 
 
 def backward(
@@ -43,17 +47,23 @@ def backward(
 ) -> None:
     """Write each gradient that is not None."""
     gradient = grad_output.to(dtype_of_sums(grad_output))
+    index, outside = positions("channel_remap", index, input_channels)
     indices, scales = _of_each_sample(grad_output, index, scale)
-    positions = indices[:, :, None, None].expand(grad_output.shape)
+    sources = indices[:, :, None, None].expand(grad_output.shape)
     if grad_input is not None:
         scaled = gradient if scales is None else gradient * scales[:, :, None, None]
+        if outside is not None:
+            nowhere, _ = _of_each_sample(grad_output, outside, None)
+            scaled = scaled.masked_fill(nowhere[:, :, None, None], 0)
         total = gradient.new_zeros(grad_input.shape)
-        grad_input.copy_(total.scatter_add_(1, positions, scaled))
+        grad_input.copy_(total.scatter_add_(1, sources, scaled))
     if grad_scale is not None:
         assert input is not None
-        products = (input.gather(1, positions) * gradient).sum((2, 3))
+        products = (input.gather(1, sources) * gradient).sum((2, 3))
         samples = grad_output.shape[0] // max(1, index.shape[0])
         grad_scale.copy_(products.view(index.shape[0], samples, index.shape[1]).sum(1))
+        if outside is not None:
+            grad_scale.masked_fill_(outside, torch.nan)
 
 
 def _of_each_sample(
