@@ -1,5 +1,8 @@
 """layer_norm_2d on every backend that runs here, against the float64 reference."""
 
+import functools
+import importlib
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -10,6 +13,7 @@ from torch import Tensor
 import vfmk
 from tests import operator_checks
 from tests.operator_checks import TARGETS, Call
+from vfmk.reference.channel_index import without_outside
 
 NAME = "layer_norm_2d"
 # Three sums over the channels and a root in fp32, and for weight and bias a sum over the pixels.
@@ -300,6 +304,27 @@ def test_index_out_of_range(device, layout):
         assert output[:, 1].isnan().all()
         assert output[:, [0, 2]].isfinite().all()
         assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+def test_reference_where_nobody_looks_at_the_index(monkeypatch):
+    """As on CUDA: nothing outside is read, NaN comes out."""
+    module = importlib.import_module("vfmk.reference.layer_norm_2d")
+    monkeypatch.setattr(
+        module, "positions", lambda operator, index, channels: without_outside(index, channels)
+    )
+    arguments = torch.randn(2, 4, 5, 6), torch.randn(4), torch.randn(4)
+    index = torch.tensor([3, -1, 2, 2**40])
+    with vfmk.use_backend("reference"):
+        output, *gradients = operator_checks.value_and_gradients(
+            functools.partial(operator, index=index), arguments
+        )
+        of_inside, *expected = operator_checks.value_and_gradients(
+            functools.partial(operator, index=index[[0, 2]]), arguments
+        )
+    assert output[:, [1, 3]].isnan().all()
+    torch.testing.assert_close(output[:, [0, 2]], of_inside)
+    assert all(gradient.isfinite().all() for gradient in (*gradients, *expected))
+    assert not gradients[1][[0, 1]].any()
 
 
 INPUT, ONES, INDEX = torch.zeros(2, 4, 5, 6), torch.ones(4), torch.zeros(3, dtype=torch.int64)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from vfmk.reference.channel_index import check_range
+from vfmk.reference.channel_index import positions
 from vfmk.reference.sums import in_dtype_of_sums
 
 
@@ -29,9 +29,12 @@ def forward(
     rstd: Tensor,
 ) -> None:
     """Write `output` [B, C', rows, columns], `mean` and `rstd` [B, rows, columns]."""
+    outside = None
     if index is not None:
-        check_range("layer_norm_2d", index, input.shape[1])
+        index, outside = positions("layer_norm_2d", index, input.shape[1])
     output.copy_(layer_norm_2d(input, weight, bias, index, eps=eps))
+    if outside is not None:
+        output.masked_fill_(outside[:, None, None], torch.nan)
     (values,) = in_dtype_of_sums(input)
     for moment, value in zip((mean, rstd), _moments(values, eps), strict=True):
         moment.copy_(value.squeeze(1))
@@ -54,6 +57,9 @@ def backward(
     rstd = rstd[:, None]
     normalized = (values - mean[:, None]) * rstd
     if index is not None:
+        index, outside = positions("layer_norm_2d", index, input.shape[1])
+        if outside is not None:
+            grad = grad.masked_fill(outside[:, None, None], 0)
         grad = torch.zeros_like(values).index_add_(1, index, grad)
     if grad_input is not None:
         scaled = weight[:, None, None] * grad
