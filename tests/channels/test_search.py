@@ -371,47 +371,49 @@ def test_adapters_in_force_make_another_model(samples, tmp_path):
     assert again.passes == 0
 
 
-def test_refuses_the_file_of_another_encoder_score_or_label(tmp_path):
+def test_refuses_the_file_of_another_encoder_score_or_label(sam, samples, tmp_path):
+    """A function is told by what it gives: some of the file's scores are looked at again."""
     output = tmp_path / "scores.jsonl"
-
-    class Scaled(nn.Module):
-        def __init__(self, factor):
-            super().__init__()
-            self.factor = factor
-
-        def forward(self, image):
-            return image * self.factor
-
-    class Head(nn.Linear):
-        def forward(self, features, sample):
-            return super().forward(features)[:, 0]
-
+    channels, image = 12, torch.arange(12.0)
     torch.manual_seed(0)
-    head, other = Head(4, 1), Head(4, 1)
-    image = torch.arange(4.0)
-
-    def run(factor=1.0, score_fn=head, label=(1, [2])):
-        options = {"top_n": 1, "output": output, "progress": False}
-        return search(Scaled(factor), [Labelled(image, label)], score_fn=score_fn, **options)
+    heads = torch.randn(2, channels)
 
     def by(head):
-        return lambda features, sample: head(features, sample)
+        return lambda features, sample: features @ head
 
-    run()
-    assert run().passes == 0
+    def run(factor=1.0, head=heads[0], label=(1, [2])):
+        options = {"top_n": 3, "output": output, "progress": False}
+        samples = [Labelled(image, label), Labelled(image.square(), label)]
+        return search(lambda image: factor * image, samples, score_fn=by(head), **options)
+
+    first = run()
+    text = output.read_text()
+    again = run()
+    assert again.passes == 2 * 17  # the frozen model and 16 more on two samples
+    assert again.known == len(text.splitlines())
+    assert_same(again, first)
+    slightly = heads[0] * (torch.arange(channels) != 5)
     for change, message in (
-        ({"factor": 2.0}, "different model"),
-        ({"score_fn": other}, "different score"),
-        ({"score_fn": by(head)}, "different score"),
+        ({"factor": 1.01}, "is of another model or other samples, or another score: .* there"),
+        ({"head": heads[1]}, "is of another model or other samples, or another score: .* there"),
+        ({"head": slightly}, "is of another model or other samples, or another score: .* there"),
         ({"label": (1, [3])}, "of different samples"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=rf"scores\.jsonl.* {message}"):
             run(**change)
-    output.unlink()
-    run(score_fn=by(head))
-    assert run(score_fn=by(head)).passes == 0
-    with pytest.raises(ValueError, match="different score"):
-        run(score_fn=by(other))  # the same function, but for the head that it closes over
+    with pytest.raises(ValueError, match="of different score and samples and model"):
+        search(sam, samples, output=output, progress=False)
+    assert output.read_text() == text
+
+
+@pytest.mark.parametrize("known", [1, 2, 5, 40])
+def test_looks_again_at_scores_of_all_ranks(known):
+    scoring = sys.modules["vfmk.channels.scoring"]
+    ranked = [((0, number),) for number in range(1, known + 1)]
+    probed = scoring._spread([*ranked[:1], (), *ranked[1:]])
+    assert probed[0] == ()
+    assert {ranked[0], ranked[-1]} <= set(probed)
+    assert len(probed) == len(set(probed)) == min(known + 1, 17)
 
 
 @pytest.mark.parametrize(
@@ -704,7 +706,7 @@ def test_the_authors_scores_are_gone_on_with(sam, samples, result, tmp_path):
     ]
     output.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     again = search(sam, samples, top_n=4, output=output, progress=False)
-    assert again.passes == result.passes - len(samples)  # the frozen model is scored anew
+    assert again.passes == result.passes  # the two are scored anew
     assert (again.candidates, again.best) == (result.candidates, result.best)
     assert [json.loads(line) for line in output.read_text().splitlines()[:2]] == lines
 
@@ -721,7 +723,7 @@ def test_the_authors_scores_are_gone_on_with(sam, samples, result, tmp_path):
 
 def test_hashes_nothing_without_an_output(sam, samples, monkeypatch):
     module = sys.modules["vfmk.channels.search"]  # the function of its name hides it
-    monkeypatch.delattr(module, "digest_of_sam")
+    monkeypatch.delattr(module, "digest_of_model")
     search(sam, samples, top_n=1, progress=False)
 
 

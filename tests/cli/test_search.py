@@ -134,12 +134,18 @@ def test_a_split_of_a_manifest_is_named(data, tmp_path):
     assert (metrics["search_samples"], metrics["test"]["samples"]) == (3, 2)
 
 
-def test_of_several_processes_the_first_alone_names_a_mistake(tmp_path):
+def test_of_several_processes_the_first_alone_names_a_mistake(data, tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     arguments = ["-m", "vfmk", "search", "--data", "no", "--out", "out"]
     ended = subprocess.run([*launch, *arguments], cwd=tmp_path, capture_output=True, text=True)
     assert ended.returncode == 1
     assert ended.stderr.count("vfmk search: load_samples: no does not exist") == 1
+    assert "[rank1]" not in ended.stderr
+    shutil.copytree(data, tmp_path / "test")
+    arguments = ["-m", "vfmk", "search", "--data", "data", "--test-data", "test", "--out", "out"]
+    ended = subprocess.run([*launch, *arguments], cwd=tmp_path, capture_output=True, text=True)
+    assert ended.returncode == 1
+    assert ended.stderr.count("vfmk search: the images of 5 of 5 test samples are searched on") == 1
     assert "[rank1]" not in ended.stderr
 
 

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from vfmk.channels.digest import modules_of
 from vfmk.sam.adapt import AdaptedSam
 from vfmk.sam.base import unwrapped
 
@@ -63,7 +62,7 @@ def sam_of(model: Any) -> "Sam":
 def check_encoder(model: Any) -> None:
     if not callable(model):
         raise TypeError(f"search: model must be an encoder, got a {type(model).__name__}")
-    if any(hasattr(module, "mask_decoder") for module in modules_of(model)):
+    if isinstance(model, AdaptedSam) or hasattr(model, "mask_decoder"):
         raise TypeError(
             "search: with a score_fn, model must give features; of a Sam take the image_encoder"
         )

@@ -1,5 +1,7 @@
 """What the processes of torch.distributed say to one another; one alone says it to itself."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,6 +15,19 @@ def agreed(value: Any) -> Any:
     values = [value]
     torch.distributed.broadcast_object_list(values)
     return values[0]
+
+
+@contextmanager
+def failing_together(*errors: type[Exception]) -> Iterator[None]:
+    """What the first process finds wrong inside stops them all."""
+    error = None
+    try:
+        yield
+    except errors as found:
+        error = found
+    if error := agreed(error):
+        error.by_all = True  # for the commands, which then print it once
+        raise error
 
 
 def gathered(value: Any) -> list[Any]:

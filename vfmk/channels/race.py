@@ -13,7 +13,7 @@ from vfmk.channels.records import PairSet, Raced
 from vfmk.channels.scoring import Scoring, blocks_of
 from vfmk.channels.screening import Place
 
-TOTAL, GAIN, SPREAD, SAMPLES = range(4)  # of a candidate's scores; and the fields of Raced
+TOTAL, GAIN = 0, 1  # of a candidate's scores; then the fields of Raced
 
 
 class Race:

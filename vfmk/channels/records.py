@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from vfmk.channels.channel_map import ChannelMap, Pair, checked_pair
 
 PairSet = tuple[Pair, ...]  # what is scored: pairs of channels, applied together
-FOREIGN_TOLERANCE = 1e-3  # of a mean score computed in another precision
+TOLERANCE = 1e-3  # between scores computed in another precision, in shares of the largest
 RECORD = b'{"pairs": ['  # how each of our lines begins
 
 
@@ -84,15 +84,18 @@ class Records:
             try:
                 ChannelMap(pairs, channels)
             except ValueError as error:
-                raise ValueError(f"search: {self._path or 'output'}: {error}") from None
+                raise ValueError(f"search: {self._path}: {error}") from None
 
-    def check_frozen(self, score: float) -> None:
-        """That the frozen model has about this score."""
-        if abs(self.scores[()] - score) > FOREIGN_TOLERANCE:
-            raise ValueError(
-                f"search: {self._path or 'output'} is of another model or other samples: the frozen"
-                f" model scores {self.scores[()]:.4f} there, {score:.4f} here"
-            )
+    def check_scores(self, scores: Mapping[PairSet, float]) -> None:
+        """That these sets of pairs, scored anew, have about the scores that they have there."""
+        tolerance = TOLERANCE * max(abs(self.scores[pairs]) for pairs in scores)
+        for pairs, score in scores.items():
+            if abs(self.scores[pairs] - score) > tolerance:
+                name = " ".join(f"{i}:{j}" for i, j in pairs) or "the frozen model"
+                raise ValueError(
+                    f"search: {self._path} is of another model or other samples, or another score:"
+                    f" {name} scores {self.scores[pairs]:.6g} there, {score:.6g} here"
+                )
 
     def add(self, scores: Mapping[PairSet, float]) -> None:
         """Take in and write down new scores; the frozen model's must come first."""

@@ -24,9 +24,11 @@ class Scorer(Protocol):
 
     Attributes:
         copies: of a sample's features, what is held at once for a candidate.
+        is_known: whether its scores follow from a digest of its model.
     """
 
     copies: int
+    is_known: bool
 
     def encode(self, sample: Any) -> Tensor:
         """A sample's features: [1, C, h, w], [1, N, C] or [1, C]."""
@@ -55,6 +57,7 @@ class SamScorer:
     """The IoU of SAM's single mask for a sample's points, at the image's own size."""
 
     copies = 8
+    is_known = True
 
     def __init__(self, sam: "Sam") -> None:
         self.sam = sam
@@ -127,6 +130,7 @@ class FeatureScorer:
     """
 
     copies = 2
+    is_known = False
 
     def __init__(
         self, encoder: Callable[[Tensor], Tensor], score_fn: Callable[[Tensor, Any], Tensor]

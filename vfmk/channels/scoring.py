@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from vfmk.channels.channel_map import ChannelMap
-from vfmk.channels.processes import agreed, gathered, rank, summed, world_size
+from vfmk.channels.processes import agreed, failing_together, gathered, rank, summed, world_size
 from vfmk.channels.progress import Report
 from vfmk.channels.records import PairSet, Records
 from vfmk.channels.scorers import Scorer, channel_dim, chunk_size
 
 Items = TypeVar("Items", bound=Sequence[Any])
 BLOCK_CHUNKS = 4  # chunks of sets whose scores are written down together
+PROBES = 16  # sets scored anew, where it is not known of what the records are
 GRADIENT_PASSES = 3  # what a gradient counts for
 
 
@@ -57,10 +58,13 @@ class Scoring:
         records.scores, records.raced, records.is_foreign = agreed(
             (records.scores, records.raced, records.is_foreign)
         )
-        records.check(self.num_channels)
-        if records.is_foreign:
-            (frozen,) = self._means([()])
-            records.check_frozen(frozen)
+        with failing_together(ValueError):
+            records.check(self.num_channels)
+        if records.scores and (records.is_foreign or not scorer.is_known):
+            probed = _spread(sorted(records.scores, key=records.scores.__getitem__))
+            found = dict(zip(probed, self._means(probed), strict=True))
+            with failing_together(ValueError):
+                records.check_scores(found)
         self.known = len(records.scores.keys() | records.raced)
 
     def map_of(self, pairs: PairSet) -> ChannelMap:
@@ -166,6 +170,12 @@ def _encoded(scorer: Scorer, samples: Sequence[Any], report: Report) -> list[Ten
         shared[number % world_size()][number // world_size()].to(mine[0].device)
         for number in range(len(samples))
     ]
+
+
+def _spread(ranked: Sequence[PairSet]) -> list[PairSet]:
+    """The frozen model, and of the others the best, the worst and some in between."""
+    share = (len(ranked) - 1) / (PROBES - 1)
+    return list({(): None} | {ranked[round(number * share)]: None for number in range(PROBES)})
 
 
 def _num_channels(features: Sequence[Tensor]) -> int:

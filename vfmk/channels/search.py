@@ -24,8 +24,8 @@ from vfmk.channels.checks import (
     check_sample,
     sam_of,
 )
-from vfmk.channels.digest import digest_of, digest_of_sam, digest_of_samples, modules_of
-from vfmk.channels.processes import agreed, rank
+from vfmk.channels.digest import digest_of_model, digest_of_samples, modules_of
+from vfmk.channels.processes import failing_together, rank
 from vfmk.channels.records import PairSet, Records
 from vfmk.channels.scorers import FeatureScorer, SamScorer, Scorer
 from vfmk.channels.scoring import Scoring
@@ -123,11 +123,10 @@ def search(
         output: a JSONL file of scores in the authors' format. If it exists the search goes on where
             it ended, and scores nothing again but what it was at when it was killed, some seconds'
             work; it is locked while the search runs. A file of another model, samples, score or
-            `sequential` is refused. Functions and classes, as model or score_fn, count by their
-            code and the variables outside that it reads; code in other Python modules by its name
-            alone. A file that the authors' tool began does not say of what it is: the frozen model
-            must score there as here. Features, gradients, and scores sample by sample of the frozen
-            model are not in it.
+            `sequential` is refused. What a score_fn computes cannot be told from outside, nor does
+            a file that the authors' tool began say of what it is: then the frozen model and 16 of
+            the pairs and subsets in the file are scored anew, and must score as there. Features,
+            gradients, and scores sample by sample of the frozen model are not in it.
         progress: report to stderr.
 
     Raises:
@@ -164,16 +163,8 @@ def search(
         check_encoder(model)
     for sample in samples:
         (check_image if sam is None else check_sample)(sample)
-    path: Path | None = None
-    run = {}
-    if output and rank() == 0:
-        path = Path(output)
-        run = {
-            "model": digest_of(model, "model") if sam is None else digest_of_sam(sam),
-            "samples": digest_of_samples(samples),
-            "score": digest_of(score_fn, "score_fn") if sam is None else "IoU",
-        }
-    records = _opened(path, run, len(samples), sequential)
+    with failing_together(OSError, ValueError):
+        records = _opened(output, sam, samples, sequential)
     try:
         with _in_eval_mode(modules), _in_plain_mode():
             scorer: Scorer
@@ -188,18 +179,19 @@ def search(
         records.close()
 
 
-def _opened(path: Path | None, run: dict[str, Any], samples: int, sequential: bool) -> Records:
-    """What the first process finds wrong with its file stops them all."""
-    records, error = None, None
-    try:
-        records = Records(path, run, samples, sequential)
-    except (OSError, ValueError) as found:
-        error = found
-    if error := agreed(error):
-        error.by_all = True  # for the command, which then prints it once
-        raise error
-    assert records is not None
-    return records
+def _opened(
+    output: str | PathLike[str] | None,
+    sam: "Sam | None",
+    samples: Sequence[Any],
+    sequential: bool,
+) -> Records:
+    """The first process alone has the file."""
+    if output is None or rank() > 0:
+        return Records(None, {}, len(samples), sequential)
+    run = {"score": "score_fn" if sam is None else "IoU", "samples": digest_of_samples(samples)}
+    if sam is not None:
+        run["model"] = digest_of_model(sam)
+    return Records(Path(output), run, len(samples), sequential)
 
 
 def _search(

@@ -3,13 +3,16 @@
 import os
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from typer import Option
 
 from vfmk.cli.model import load_model
 from vfmk.cli.progress import plain_errors, print_report
 from vfmk.cli.samples import searched_and_test
+
+if TYPE_CHECKING:
+    from vfmk.data.sample import Sample
 
 
 class Strategy(str, Enum):
@@ -43,6 +46,7 @@ def search(
     with plain_errors("search", "demo", in_all=True):
         import torch
 
+        from vfmk.channels.processes import agreed, failing_together, rank
         from vfmk.tasks.remap import run_search
 
         distributed = "RANK" in os.environ
@@ -50,22 +54,16 @@ def search(
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         if distributed:
             torch.distributed.init_process_group()
-        outcome: list[Any] = [None]
-        test: list[Any] = []  # of the first process alone, which evaluates
-        if not distributed or torch.distributed.get_rank() == 0:
-            try:
+        searched: list[Sample] = []
+        test: list[Sample] = []  # of the first process, which alone evaluates
+        with failing_together(OSError, ValueError):
+            if rank() == 0:
                 searched, test = searched_and_test(data, split, limit, test_data, test_split)
-                outcome = [searched]
-            except (OSError, ValueError) as error:
-                outcome = [error]
-        if distributed:
-            torch.distributed.broadcast_object_list(outcome)
-        if isinstance(outcome[0], Exception):
-            raise outcome[0]
+        searched = agreed(searched)
     with plain_errors("search", "demo"):
         run_search(
             load_model(model, checkpoint, adapter),
-            outcome[0],
+            searched,
             test,
             out,
             facts={"dataset": data.resolve().stem, "backend": model},

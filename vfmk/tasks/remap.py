@@ -14,6 +14,7 @@ from vfmk._files import write_whole
 from vfmk.channels import ChannelMap, SearchResult
 from vfmk.channels.channel_map import Pair
 from vfmk.channels.digest import digest_of_samples
+from vfmk.channels.processes import failing_together, rank
 from vfmk.data.sample import Sample
 from vfmk.tasks import pictures
 from vfmk.tasks.controls import Controls, binary_iou, disc, tuned_controls
@@ -77,10 +78,11 @@ def run_search(
     Raises:
         ValueError: an image is searched and tested on; as `vfmk.channels.search`.
     """
-    _check_apart(search_samples, test_samples)
+    with failing_together(ValueError):
+        _check_apart(search_samples, test_samples)
     output.mkdir(parents=True, exist_ok=True)
     result = channels.search(sam, search_samples, output=output / SCORES, **options)
-    if torch.distributed.is_initialized() and torch.distributed.get_rank() > 0:
+    if rank() > 0:
         return
     result.best.save(
         output / "map.json",
