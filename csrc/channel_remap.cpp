@@ -269,7 +269,7 @@ std::tuple<Tensor, Tensor> backward(Tensor grad_output, MaybeTensor input, Tenso
                       grad_output.size(dim) == index.size(index.dim() - 1),
                   NAME, ": grad_output, index and scale do not fit");
   channels_last |= dim == grad_output.dim() - 1;
-  // Always in one order, whatever its strides: so are the sums.
+  // In one order, whatever its strides: so are the sums, but for how `input` lies.
   if (!is_dense(grad_output, dim, channels_last)) {
     grad_output = dense_copy(grad_output, dim, channels_last);
   }
@@ -287,9 +287,11 @@ std::tuple<Tensor, Tensor> backward(Tensor grad_output, MaybeTensor input, Tenso
     problem.input = planes(*input, dim, channels_last).strides;
   }
   merge(problem, {&problem.output, &problem.input, &problem.grad_input});
-  const Tensor none = empty({0}, 0, false, grad_output);
-  const Tensor grad_input = input_wanted ? empty(sizes, dim, channels_last, grad_output) : none;
-  const Tensor grad_scale = scale_wanted ? empty(index.sizes().vec(), 0, false, grad_output) : none;
+  const std::vector<int64_t> nothing = {0};
+  const Tensor grad_input = input_wanted ? empty(sizes, dim, channels_last, grad_output)
+                                         : empty(nothing, 0, false, grad_output);
+  const Tensor grad_scale =
+      empty(scale_wanted ? index.sizes().vec() : nothing, 0, false, grad_output);
   launch(problem,
          {grad_output.const_data_ptr(), scale_wanted ? data(input) : nullptr, positions(index),
           data(scale), mutable_data(grad_input), mutable_data(grad_scale), nullptr},

@@ -9,7 +9,7 @@ import functools
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -78,10 +78,11 @@ def use_backend(name: str) -> Iterator[None]:
 
 def kernel(operator: str, name: str, *args: Any) -> Callable[..., Any]:
     """The kernel `name` ("forward", "backward") of the backend that is to run `args`."""
-    allowed = (_checked(_forced, "VFMK_BACKEND"),) if _forced else BACKENDS
+    forced = _forced  # once: another thread may change it
+    allowed = (_checked(forced, "VFMK_BACKEND"),) if forced else BACKENDS
     if backend := _chosen(operator, allowed, args):
         return _kernels(operator, backend)[name]
-    wanted = f"the backend {_forced!r} cannot run this call" if _forced else "no backend can run it"
+    wanted = f"the backend {forced!r} cannot run this call" if forced else "no backend can run it"
     reasons = [f"{backend}: {_reason(operator, backend, args)}" for backend in allowed]
     raise BackendError(f"{operator}: {wanted}\n  " + "\n  ".join(reasons))
 
@@ -89,11 +90,12 @@ def kernel(operator: str, name: str, *args: Any) -> Callable[..., Any]:
 def native_kernel(operator: str, name: str, tensor: Tensor) -> Callable[..., Any] | None:
     """The kernel `name` of the native library, where `kernel` would take that for every call whose
     first tensor has `tensor`'s device and dtype. Looked for once."""
-    facts = operator, name, tensor.is_cpu, tensor.is_cuda, tensor.dtype, _forced
+    forced = _forced  # once: another thread may change it
+    facts = operator, name, tensor.is_cpu, tensor.is_cuda, tensor.dtype, forced
     try:
         return _native_kernels[facts]
     except KeyError:
-        backend = _chosen(operator, (_forced,) if _forced else BACKENDS, (tensor,))
+        backend = _chosen(operator, (forced,) if forced else BACKENDS, (tensor,))
         native = _kernels(operator, backend)[name] if backend in ("cuda", "cpu") else None
         return _native_kernels.setdefault(facts, native)
 
@@ -203,13 +205,21 @@ def native(
 
 
 def module(
-    name: str, not_supported: Callable[..., str], names: tuple[str, ...] = BOTH
+    name: str,
+    not_supported: Callable[..., str],
+    names: tuple[str, ...] = BOTH,
+    adapters: Mapping[str, Callable[..., Any]] | None = None,
 ) -> Implementation:
-    """An implementation in a Python module with functions `names`."""
+    """An implementation in a Python module with functions `names`; one that has an adapter is
+    called by that, as its first argument."""
 
     def load() -> dict[str, Callable[..., Any]]:
         implementation = importlib.import_module(name)
-        return {kernel: without_autocast(getattr(implementation, kernel)) for kernel in names}
+        kernels = {kernel: without_autocast(getattr(implementation, kernel)) for kernel in names}
+        return kernels | {
+            kernel: functools.partial(adapter, kernels[kernel])
+            for kernel, adapter in (adapters or {}).items()
+        }
 
     return Implementation(not_supported, load)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 import vfmk
 from tests import operator_checks
 from tests.operator_checks import TARGETS, Call
+from vfmk import _backends
 from vfmk.reference.channel_index import without_outside
 
 NAME = "channel_remap"
@@ -569,6 +570,49 @@ def test_reference_where_nobody_looks_at_the_index(per_sample, monkeypatch):
         grad_scale.isnan().tolist()
         == torch.tensor([False, True, True]).expand(grad_scale.shape).tolist()
     )
+
+
+def test_reference_of_no_channels_where_nobody_looks(monkeypatch):
+    """All that is read lies outside."""
+    module = importlib.import_module("vfmk.reference.channel_remap")
+    monkeypatch.setattr(
+        module, "positions", lambda operator, index, channels: without_outside(index, channels)
+    )
+    arguments = torch.zeros(2, 0, 3, 3), torch.ones(2)
+    with vfmk.use_backend("reference"):
+        output, grad_input, grad_scale = operator_checks.value_and_gradients(
+            call(index=torch.tensor([0, 1])), arguments
+        )
+    assert output.shape == (2, 2, 3, 3)
+    assert output.isnan().all()
+    assert grad_scale.isnan().all()
+    assert grad_input.shape == (2, 0, 3, 3)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_kernels_of_every_backend_are_called_alike(backend):
+    """So that a backend may change between the choice of one and its call."""
+    kernels = _backends._operators[NAME][backend].load()
+    input, scale, index = torch.randn(2, 4, 5, 6), torch.randn(3), torch.tensor([2, 0, 2])
+    output = kernels["forward"](input, index, scale, 1)
+    torch.testing.assert_close(output, vfmk.reference.channel_remap(input, index, scale))
+    grad_input, grad_scale = kernels["backward"](
+        torch.ones_like(output), input, index, scale, 4, 1, False, True, True
+    )
+    expected = torch.stack([scale[1], torch.tensor(0.0), scale[0] + scale[2], torch.tensor(0.0)])
+    torch.testing.assert_close(grad_input[0, :, 0, 0], expected)
+    torch.testing.assert_close(grad_scale, input.sum((0, 2, 3))[index])
+
+
+def test_gradients_that_nobody_wants_are_tensors_of_their_own():
+    operator = torch.ops.vfmk.channel_remap_backward.default
+    args = (INPUT[:, :3], None, INDEX[:3], None, 4, 1, False, [False, False])
+    torch.library.opcheck(operator, args, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_wrong_arguments_past_the_function_are_named():
+    with pytest.raises(TypeError, match=f"{NAME}: index must be int64, got int32"):
+        torch.ops.vfmk.channel_remap(INPUT, INDEX.int(), None, 1)
 
 
 INPUT, INDEX, SCALE = torch.zeros(2, 4, 5, 6), torch.zeros(4, dtype=torch.int64), torch.zeros(4)

@@ -2,7 +2,7 @@
 
 import functools
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ def register(
     module: str | None = None,
     native: Sequence[str] = ("cpu",),
     names: tuple[str, ...] = _backends.BOTH,
+    adapters: Mapping[str, Callable[..., Any]] | None = None,
 ) -> None:
     """Register the implementations of `module` (default: `operator`) in kernels, reference, csrc.
 
@@ -26,13 +27,20 @@ def register(
     Args:
         native: devices that the compiled library has kernels for.
         names: the kernels that there are.
+        adapters: of kernels that the compiled library has with another signature, what gives those
+            of Triton and PyTorch the same; each takes the kernel, then what the library's takes.
     """
     module = module or operator
     implementations = {
         "triton": _backends.module(
-            f"vfmk.kernels.{module}", functools.partial(_not_supported_by_triton, module), names
+            f"vfmk.kernels.{module}",
+            functools.partial(_not_supported_by_triton, module),
+            names,
+            adapters,
         ),
-        "reference": _backends.module(f"vfmk.reference.{module}", lambda *call: "", names),
+        "reference": _backends.module(
+            f"vfmk.reference.{module}", lambda *call: "", names, adapters
+        ),
     }
     for device in native:
         implementations[device] = _backends.native(

@@ -1,7 +1,7 @@
 """Channels read in another order, and scaled."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -56,16 +56,8 @@ def channel_remap(
     """
     if (output := _at_once(input, index, scale, dim)) is not None:
         return output
-    _contract.check_tensor(NAME, "input", input, "..., C, ...")
-    dim = _checked_dim(input, dim)
-    _check_index(input, index, dim)
+    dim = _checked_dim(input, index, scale, dim)
     if scale is not None:
-        _contract.check_tensor(NAME, "scale", scale, "B, C'" if index.dim() == 2 else "C'")
-        if scale.shape != index.shape:
-            raise ValueError(
-                f"{NAME}: scale has the shape {list(scale.shape)}, index has {list(index.shape)}"
-            )
-        _contract.check_alike(NAME, input, scale=scale)
         input, scale = _contract.autocast(input, scale)  # type: ignore[assignment]
     return _forward(input, index, scale, dim)
 
@@ -99,14 +91,13 @@ def _at_once(input: Any, index: Any, scale: Any, dim: Any) -> Tensor | None:
     return None if native is None else native(input, index, scale, dim)
 
 
-def _checked_dim(input: Tensor, dim: int) -> int:
+def _checked_dim(input: Tensor, index: Tensor, scale: Tensor | None, dim: int) -> int:
+    """`dim` counted from the front, if the arguments are right."""
+    _contract.check_tensor(NAME, "input", input, "..., C, ...")
     _contract.check_int(NAME, "dim", dim)
     if not -input.dim() <= dim < input.dim():
         raise ValueError(f"{NAME}: dim must be a dimension of input {list(input.shape)}, got {dim}")
-    return dim % input.dim()
-
-
-def _check_index(input: Tensor, index: Tensor, dim: int) -> None:
+    dim %= input.dim()
     _contract.check_index(NAME, input, index, "[C'] or [B, C']", 1, 2)
     if index.dim() == 2 and dim == 0:
         raise ValueError(f"{NAME}: index {list(index.shape)} is per sample, but dim is 0")
@@ -114,21 +105,22 @@ def _check_index(input: Tensor, index: Tensor, dim: int) -> None:
         raise ValueError(
             f"{NAME}: index has a batch of {index.shape[0]}, expected {input.shape[0]}"
         )
+    if scale is not None:
+        _contract.check_tensor(NAME, "scale", scale, "B, C'" if index.dim() == 2 else "C'")
+        if scale.shape != index.shape:
+            raise ValueError(
+                f"{NAME}: scale has the shape {list(scale.shape)}, index has {list(index.shape)}"
+            )
+        _contract.check_alike(NAME, input, scale=scale)
+    return dim
 
 
 @_operator.define(NAME)
 def _forward(input: Tensor, index: Tensor, scale: Tensor | None, dim: int) -> Tensor:
-    if native := _backends.native_kernel(NAME, "forward", input):
-        if (output := native(input, index, scale, dim)) is None:
-            raise RuntimeError(f"{NAME}: input, index, scale and dim do not fit")
-        return output
-    output, channels_last = _empty_output(input, index, scale, dim), _channels_last(input, dim)
-    per_sample = index.dim() == 2
-    _backends.kernel(NAME, "forward", input)(
-        _planes(input, dim, per_sample, channels_last),
-        *(_maps(index), _maps(scale), channels_last),
-        _planes(output, dim, per_sample, channels_last),
-    )
+    output: Tensor | None = _backends.kernel(NAME, "forward", input)(input, index, scale, dim)
+    if output is None:  # called past `channel_remap`, with arguments that are wrong
+        _checked_dim(input, index, scale, dim)
+    assert output is not None
     return output
 
 
@@ -150,20 +142,8 @@ def _backward(
     channels_last: bool,
     wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor]:
-    if native := _backends.native_kernel(NAME, "backward", grad_output):
-        return native(grad_output, input, index, scale, input_channels, dim, channels_last, *wanted)
-    gradients = _empty_gradients(
-        grad_output, input, index, scale, input_channels, dim, channels_last, wanted
-    )
-    planes = functools.partial(
-        _planes, dim=dim, per_sample=index.dim() == 2, channels_last=channels_last
-    )
-    _backends.kernel(NAME, "backward", grad_output)(
-        planes(_in_layout(grad_output, dim, channels_last)),
-        planes(input) if wanted[1] and input is not None else None,
-        *(_maps(index), _maps(scale), input_channels, channels_last),
-        planes(gradients[0]) if wanted[0] else None,
-        _maps(gradients[1]) if wanted[1] else None,
+    gradients: tuple[Tensor, Tensor] = _backends.kernel(NAME, "backward", grad_output)(
+        grad_output, input, index, scale, input_channels, dim, channels_last, *wanted
     )
     return gradients
 
@@ -252,4 +232,50 @@ def _maps(tensor: Tensor | None) -> Tensor | None:
     return (tensor if tensor.dim() == 2 else tensor[None]).contiguous()
 
 
-_implementations.register(NAME, native=("cuda", "cpu"))
+def _forward_on_planes(
+    kernel: Callable[..., None], input: Tensor, index: Tensor, scale: Tensor | None, dim: int
+) -> Tensor:
+    """As the native library's `channel_remap_forward`."""
+    output, channels_last = _empty_output(input, index, scale, dim), _channels_last(input, dim)
+    per_sample = index.dim() == 2
+    kernel(
+        _planes(input, dim, per_sample, channels_last),
+        *(_maps(index), _maps(scale), channels_last),
+        _planes(output, dim, per_sample, channels_last),
+    )
+    return output
+
+
+def _backward_on_planes(
+    kernel: Callable[..., None],
+    grad_output: Tensor,
+    input: Tensor | None,
+    index: Tensor,
+    scale: Tensor | None,
+    input_channels: int,
+    dim: int,
+    channels_last: bool,
+    *wanted: bool,
+) -> tuple[Tensor, Tensor]:
+    """As the native library's `channel_remap_backward`."""
+    gradients = _empty_gradients(
+        grad_output, input, index, scale, input_channels, dim, channels_last, wanted
+    )
+    planes = functools.partial(
+        _planes, dim=dim, per_sample=index.dim() == 2, channels_last=channels_last
+    )
+    kernel(
+        planes(_in_layout(grad_output, dim, channels_last)),
+        planes(input) if wanted[1] and input is not None else None,
+        *(_maps(index), _maps(scale), input_channels, channels_last),
+        planes(gradients[0]) if wanted[0] else None,
+        _maps(gradients[1]) if wanted[1] else None,
+    )
+    return gradients
+
+
+_implementations.register(
+    NAME,
+    native=("cuda", "cpu"),
+    adapters={"forward": _forward_on_planes, "backward": _backward_on_planes},
+)

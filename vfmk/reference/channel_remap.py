@@ -28,7 +28,7 @@ def forward(
 ) -> None:
     """Write `output`: [N, C', H, W] from [N, C, H, W]; index is [maps, C'], and maps divides N."""
     index, outside = positions("channel_remap", index, input.shape[1])
-    if output.numel():
+    if output.numel() and input.numel():
         output.copy_(channel_remap(input, *_of_each_sample(output, index, scale)))
     if outside is not None:
         nowhere, _ = _of_each_sample(output, outside, None)
@@ -50,7 +50,7 @@ def backward(
     index, outside = positions("channel_remap", index, input_channels)
     indices, scales = _of_each_sample(grad_output, index, scale)
     sources = indices[:, :, None, None].expand(grad_output.shape)
-    if grad_input is not None:
+    if grad_input is not None and grad_input.numel():
         scaled = gradient if scales is None else gradient * scales[:, :, None, None]
         if outside is not None:
             nowhere, _ = _of_each_sample(grad_output, outside, None)
@@ -59,7 +59,8 @@ def backward(
         grad_input.copy_(total.scatter_add_(1, sources, scaled))
     if grad_scale is not None:
         assert input is not None
-        products = (input.gather(1, sources) * gradient).sum((2, 3))
+        own = input.gather(1, sources) if input.numel() else gradient
+        products = (own * gradient).sum((2, 3))
         samples = grad_output.shape[0] // max(1, index.shape[0])
         grad_scale.copy_(products.view(index.shape[0], samples, index.shape[1]).sum(1))
         if outside is not None:
