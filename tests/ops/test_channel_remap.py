@@ -592,11 +592,12 @@ def test_reference_of_no_channels_where_nobody_looks(monkeypatch):
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_kernels_of_every_backend_are_called_alike(backend):
     """So that a backend may change between the choice of one and its call."""
-    kernels = _backends._operators[NAME][backend].load()
     input, scale, index = torch.randn(2, 4, 5, 6), torch.randn(3), torch.tensor([2, 0, 2])
-    output = kernels["forward"](input, index, scale, 1)
+    with vfmk.use_backend(backend):
+        forward, backward = (_backends.kernel(NAME, name, input) for name in _backends.BOTH)
+    output = forward(input, index, scale, 1)
     torch.testing.assert_close(output, vfmk.reference.channel_remap(input, index, scale))
-    grad_input, grad_scale = kernels["backward"](
+    grad_input, grad_scale = backward(
         torch.ones_like(output), input, index, scale, 4, 1, False, True, True
     )
     expected = torch.stack([scale[1], torch.tensor(0.0), scale[0] + scale[2], torch.tensor(0.0)])
