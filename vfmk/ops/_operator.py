@@ -27,14 +27,15 @@ from torch._C import (
 from torch.autograd import _profiler_enabled, forward_ad
 from torch.compiler import is_compiling
 
-PLAIN_TYPES = (Tensor, nn.Parameter)
-# What the dispatcher may know of a plain tensor. Not that it is negative, zero, sparse, batched, …,
-# which it sees to itself.
-_PLAIN = ("CPU", "CUDA", "AutogradCPU", "AutogradCUDA", "AutocastCPU", "AutocastCUDA")
-PLAIN_KEYS = functools.reduce(
+PLAIN_TYPES = frozenset((Tensor, nn.Parameter))
+# What the dispatcher may know of a plain tensor; of others, that they are negative, zero, sparse,
+# batched, …, which it sees to itself.
+PLAIN = ("CPU", "CUDA", "AutogradCPU", "AutogradCUDA", "AutocastCPU", "AutocastCUDA")
+SPECIAL_KEYS = ~functools.reduce(
     DispatchKeySet.__or__,
-    [DispatchKeySet(getattr(DispatchKey, key)) for key in (*_PLAIN, "ADInplaceOrView")],
+    [DispatchKeySet(getattr(DispatchKey, key)) for key in (*PLAIN, "ADInplaceOrView")],
 ).raw_repr()
+NO_TENSORS = frozenset((int, float, bool, list, tuple, type(None)))  # isinstance takes longer
 PRE_DISPATCH = DispatchKey.PreDispatch
 
 
@@ -91,10 +92,11 @@ def is_plain(*args: Any) -> bool:
     if is_watched():
         return False
     for arg in args:  # no generator: this is what a call costs before it begins
-        if type(arg) in PLAIN_TYPES:
-            if _dispatch_keys(arg).raw_repr() & ~PLAIN_KEYS:
+        kind = type(arg)
+        if kind in PLAIN_TYPES:
+            if _dispatch_keys(arg).raw_repr() & SPECIAL_KEYS:
                 return False
-        elif isinstance(arg, Tensor):
+        elif kind not in NO_TENSORS and isinstance(arg, Tensor):
             return False
     return True
 

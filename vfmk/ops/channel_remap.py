@@ -115,9 +115,13 @@ def _checked_dim(input: Tensor, index: Tensor, scale: Tensor | None, dim: int) -
     return dim
 
 
+def _kernel(name: str, tensor: Tensor) -> Callable[..., Any]:
+    return _backends.native_kernel(NAME, name, tensor) or _backends.kernel(NAME, name, tensor)
+
+
 @_operator.define(NAME)
 def _forward(input: Tensor, index: Tensor, scale: Tensor | None, dim: int) -> Tensor:
-    output: Tensor | None = _backends.kernel(NAME, "forward", input)(input, index, scale, dim)
+    output: Tensor | None = _kernel("forward", input)(input, index, scale, dim)
     if output is None:  # called past `channel_remap`, with arguments that are wrong
         _checked_dim(input, index, scale, dim)
     assert output is not None
@@ -142,7 +146,7 @@ def _backward(
     channels_last: bool,
     wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor]:
-    gradients: tuple[Tensor, Tensor] = _backends.kernel(NAME, "backward", grad_output)(
+    gradients: tuple[Tensor, Tensor] = _kernel("backward", grad_output)(
         grad_output, input, index, scale, input_channels, dim, channels_last, *wanted
     )
     return gradients
