@@ -20,14 +20,16 @@ def agreed(value: Any) -> Any:
 @contextmanager
 def failing_together(*errors: type[Exception]) -> Iterator[None]:
     """What the first process finds wrong inside stops them all."""
-    error = None
+    own = None
     try:
         yield
     except errors as found:
-        error = found
-    if error := agreed(error):
+        own = found
+    if error := agreed(own):
         error.by_all = True  # for the commands, which then print it once
         raise error
+    if own:
+        raise own
 
 
 def gathered(value: Any) -> list[Any]:
