@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from vfmk.channels.digest import digest_of_samples
+from vfmk.channels.digest import digest_of_model, digest_of_samples
 
 
 @dataclass
@@ -56,3 +56,19 @@ def test_all_that_a_sample_holds_tells_it_apart(kind):
 def test_refuses_samples_that_cannot_be_told_apart(label):
     with pytest.raises(ValueError, match=rf"sample 1\.label is a {type(label).__name__}"):
         digest_of_samples([Labelled(torch.zeros(2), 1), Labelled(torch.zeros(2), label)])
+
+
+def test_refuses_a_sample_that_holds_itself():
+    sample = Labelled(torch.zeros(2), [])
+    sample.label.append(sample)
+    with pytest.raises(ValueError, match="sample 0 cannot be told apart: maximum recursion depth"):
+        digest_of_samples([sample])
+
+
+def test_what_a_model_holds_of_objects_does_not_count():
+    model = nn.Identity()
+    before = digest_of_model(model)
+    model.names = np.array([object()])
+    assert digest_of_model(model) == before
+    model.names = np.array([1])
+    assert digest_of_model(model) != before

@@ -410,10 +410,21 @@ def test_refuses_the_file_of_another_encoder_score_or_label(sam, samples, tmp_pa
 def test_looks_again_at_scores_of_all_ranks(known):
     scoring = sys.modules["vfmk.channels.scoring"]
     ranked = [((0, number),) for number in range(1, known + 1)]
-    probed = scoring._spread([*ranked[:1], (), *ranked[1:]])
-    assert probed[0] == ()
-    assert {ranked[0], ranked[-1]} <= set(probed)
-    assert len(probed) == len(set(probed)) == min(known + 1, 17)
+    for place in (0, 1, known):  # of the frozen model
+        probed = scoring._spread([*ranked[:place], (), *ranked[place:]])
+        assert probed[0] == ()
+        assert {ranked[0], ranked[-1]} <= set(probed)
+        assert len(probed) == len(set(probed)) == min(known + 1, 17)
+    assert scoring._spread([()]) == [()]
+
+
+def test_a_score_far_from_the_others_excuses_none_of_them():
+    """The worst of −MSE may be a million times the frozen model's."""
+    records = Records(None, {}, 1)
+    records.scores = {(): -3e-4, ((0, 1),): -2e-4, ((1, 0),): -800.0}
+    records.check_scores({(): -3.001e-4, ((0, 1),): -2e-4, ((1, 0),): -800.1})
+    with pytest.raises(ValueError, match=r"the frozen model scores -0\.0003 there"):
+        records.check_scores({(): -4.5e-4, ((0, 1),): -2e-4, ((1, 0),): -800.0})
 
 
 @pytest.mark.parametrize(

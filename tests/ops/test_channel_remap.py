@@ -614,6 +614,11 @@ def test_gradients_that_nobody_wants_are_tensors_of_their_own():
 def test_wrong_arguments_past_the_function_are_named():
     with pytest.raises(TypeError, match=f"{NAME}: index must be int64, got int32"):
         torch.ops.vfmk.channel_remap(INPUT, INDEX.int(), None, 1)
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises(RuntimeError, match=f"{NAME}: input and scale differ in dtype"),
+    ):
+        torch.ops.vfmk.channel_remap(INPUT.bfloat16(), INDEX, SCALE, 1)
 
 
 INPUT, INDEX, SCALE = torch.zeros(2, 4, 5, 6), torch.zeros(4, dtype=torch.int64), torch.zeros(4)

@@ -35,7 +35,10 @@ def digest_of_samples(samples: Sequence[Any]) -> str:
     """
     digest = hashlib.sha256()
     for number, sample in enumerate(samples):
-        digest.update(_digest(sample, f"sample {number}").encode())
+        try:
+            digest.update(_digest(sample, f"sample {number}").encode())
+        except RuntimeError as error:  # it holds itself, or a tensor without plain memory
+            raise ValueError(f"search: sample {number} cannot be told apart: {error}") from None
     return digest.hexdigest()
 
 
@@ -52,7 +55,8 @@ def _is_plain(value: Any) -> bool:
         return all(_is_plain(item) for pair in value.items() for item in pair)
     if isinstance(value, list | tuple):
         return all(map(_is_plain, value))
-    return isinstance(value, VALUES | Tensor | np.ndarray) and not isinstance(value, nn.Parameter)
+    is_plain = isinstance(value, VALUES | Tensor | np.ndarray) and not _has_objects(value)
+    return is_plain and not isinstance(value, nn.Parameter)
 
 
 def _digest(value: Any, place: str) -> str:

@@ -4,7 +4,7 @@
     {"pairs": [[3, 7]], "miou": 0.5, "delta": 0.01, "samples": 50}
     {"pairs": [[5, 2]], "miou": 0.47, "delta": -0.02, "samples": 15, "spread": 0.03}   dropped
 
-as the authors' tool writes it; "run" is ours, and says which model and samples the scores are of.
+as the authors' tool writes it; "run" is ours, and says of which search the scores are.
 "spread" is ours too, of pairs that were raced: how much their gain differs between samples. Over
 fewer samples than the run has, "miou" is the mean over those, and "delta" what they let expect of
 the gain over all; a later line may have it over all.
@@ -14,6 +14,7 @@ import fcntl
 import json
 import math
 import os
+import statistics
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -22,7 +23,7 @@ from typing import Any, NamedTuple
 from vfmk.channels.channel_map import ChannelMap, Pair, checked_pair
 
 PairSet = tuple[Pair, ...]  # what is scored: pairs of channels, applied together
-TOLERANCE = 1e-3  # between scores computed in another precision, in shares of the largest
+TOLERANCE = 1e-3  # between scores computed in another precision, in shares of their size
 RECORD = b'{"pairs": ['  # how each of our lines begins
 
 
@@ -88,9 +89,9 @@ class Records:
 
     def check_scores(self, scores: Mapping[PairSet, float]) -> None:
         """That these sets of pairs, scored anew, have about the scores that they have there."""
-        tolerance = TOLERANCE * max(abs(self.scores[pairs]) for pairs in scores)
+        typical = statistics.median(abs(self.scores[pairs]) for pairs in scores)
         for pairs, score in scores.items():
-            if abs(self.scores[pairs] - score) > tolerance:
+            if abs(self.scores[pairs] - score) > TOLERANCE * max(abs(self.scores[pairs]), typical):
                 name = " ".join(f"{i}:{j}" for i, j in pairs) or "the frozen model"
                 raise ValueError(
                     f"search: {self._path} is of another model or other samples, or another score:"

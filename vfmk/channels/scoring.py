@@ -174,8 +174,10 @@ def _encoded(scorer: Scorer, samples: Sequence[Any], report: Report) -> list[Ten
 
 def _spread(ranked: Sequence[PairSet]) -> list[PairSet]:
     """The frozen model, and of the others the best, the worst and some in between."""
-    share = (len(ranked) - 1) / (PROBES - 1)
-    return list({(): None} | {ranked[round(number * share)]: None for number in range(PROBES)})
+    others = [pairs for pairs in ranked if pairs]
+    share = (len(others) - 1) / (PROBES - 1)
+    drawn = [others[round(number * share)] for number in range(PROBES)] if others else []
+    return list(dict.fromkeys([(), *drawn]))
 
 
 def _num_channels(features: Sequence[Tensor]) -> int:

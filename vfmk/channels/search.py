@@ -125,8 +125,9 @@ def search(
             work; it is locked while the search runs. A file of another model, samples, score or
             `sequential` is refused. What a score_fn computes cannot be told from outside, nor does
             a file that the authors' tool began say of what it is: then the frozen model and 16 of
-            the pairs and subsets in the file are scored anew, and must score as there. Features,
-            gradients, and scores sample by sample of the frozen model are not in it.
+            the pairs and subsets scored there on all samples are scored anew, and must be as there
+            to a thousandth of their size. Features, gradients, and scores sample by sample of the
+            frozen model are not in it.
         progress: report to stderr.
 
     Raises:

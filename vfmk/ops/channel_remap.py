@@ -124,7 +124,7 @@ def _forward(input: Tensor, index: Tensor, scale: Tensor | None, dim: int) -> Te
     output: Tensor | None = _kernel("forward", input)(input, index, scale, dim)
     if output is None:  # called past `channel_remap`, with arguments that are wrong
         _checked_dim(input, index, scale, dim)
-    assert output is not None
+        raise RuntimeError(f"{NAME}: input and scale differ in dtype")
     return output
 
 
@@ -239,7 +239,7 @@ def _maps(tensor: Tensor | None) -> Tensor | None:
 def _forward_on_planes(
     kernel: Callable[..., None], input: Tensor, index: Tensor, scale: Tensor | None, dim: int
 ) -> Tensor:
-    """As the native library's `channel_remap_forward`."""
+    """As the native library's `channel_remap_forward`, for arguments that fit."""
     output, channels_last = _empty_output(input, index, scale, dim), _channels_last(input, dim)
     per_sample = index.dim() == 2
     kernel(
@@ -261,7 +261,7 @@ def _backward_on_planes(
     channels_last: bool,
     *wanted: bool,
 ) -> tuple[Tensor, Tensor]:
-    """As the native library's `channel_remap_backward`."""
+    """As the native library's `channel_remap_backward`, for arguments that fit."""
     gradients = _empty_gradients(
         grad_output, input, index, scale, input_channels, dim, channels_last, wanted
     )

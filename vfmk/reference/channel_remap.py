@@ -59,6 +59,7 @@ def backward(
         grad_input.copy_(total.scatter_add_(1, sources, scaled))
     if grad_scale is not None:
         assert input is not None
+        # Of no channels all that is read lies outside, and becomes NaN below.
         own = input.gather(1, sources) if input.numel() else gradient
         products = (own * gradient).sum((2, 3))
         samples = grad_output.shape[0] // max(1, index.shape[0])

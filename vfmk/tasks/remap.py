@@ -158,6 +158,8 @@ def run_apply(
 
 def _check_apart(search_samples: Sequence[Sample], test_samples: Sequence[Sample]) -> None:
     """A score on images that the map was chosen on would flatter it, whatever their names."""
+    if not test_samples:
+        return
     searched = {digest_of_samples([sample.image]) for sample in search_samples}
     both = [s.id for s in test_samples if digest_of_samples([s.image]) in searched]
     if both:
